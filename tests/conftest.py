@@ -1,0 +1,23 @@
+"""What every test file may use: the example model and images that come with the package; no network, no chance."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+import vitq
+
+# Before torch and huggingface_hub are imported: a test that would fetch something fails, and parallel workers do not fight for cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("vitq", deadline=None, derandomize=True)
+settings.load_profile("vitq")
+
+
+@pytest.fixture(scope="session")
+def demo_data() -> Path:
+    """The folder of the example data: `vit_cifar10/` (float16), `calibration.tar` (512 images), `test.tar` (1,000 images)."""
+    return Path(vitq.__file__).parent / "demo_data"

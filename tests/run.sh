@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets vitq and its test tools up if they are not, then runs the tests; arguments go to pytest: bash tests/run.sh -k solver
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ./setup.sh dev
+exec "$VIRTUAL_ENV/bin/python" -m pytest "$@"
