@@ -1,0 +1,110 @@
+"""The tensors of a checkpoint file: read without running code, unwrapped, fitted to a module and loaded strictly."""
+
+import argparse
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from vitq.errors import InputError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+_WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a checkpoint file without its wrappings, floating ones as float32, and the architecture if it says so."""
+    if file.suffix not in SUFFIXES:
+        raise InputError(f"{file} is no MODEL; give a timm local folder, a .safetensors, .pth, .pt or .bin file, or a timm model name")
+    try:
+        if file.suffix == ".safetensors":
+            with safetensors.safe_open(file, "pt") as opened:
+                kind = (opened.metadata() or {}).get("format", "")
+            stored = safetensors.torch.load_file(file)
+        else:
+            # timm's training script stores its options as a Namespace, which holds values only.
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+                kind, stored = "", torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist; a timm local folder has it beside config.json, or give the file itself") from None
+    except Exception as error:  # a damaged archive raises anything from EOFError to KeyError
+        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"{file} holds code ({blocked[1]}), which was not run; save the model's state_dict() and give that") from None
+        # torch's own text for a foreign pickle advises to run it
+        reason = (str(error).strip() or "it ends too early").splitlines()[0][:120]
+        reason = "torch.load(weights_only=True) cannot read it" if "weights_only" in reason or "Weights only" in reason else reason
+        raise InputError(f"{file} is damaged or no checkpoint: {reason}; fetch or save it again") from None
+    if kind.startswith("vitq-"):
+        raise InputError(f"{file} is a {kind} file of this tool, not a float MODEL; give the model that it was made from")
+    arch = stored.get("arch") if isinstance(stored, Mapping) else None
+    while isinstance(stored, Mapping) and (key := next((key for key in _WRAPPINGS if isinstance(stored.get(key), Mapping)), None)):
+        stored = stored[key]
+    if not isinstance(stored, Mapping) or not any(isinstance(value, Tensor) for value in stored.values()):
+        raise InputError(f"{file} holds no tensors by name (found {type(stored).__name__}); save the model's state_dict()")
+    tensors = {str(key): value for key, value in stored.items() if isinstance(value, Tensor)}
+    tensors = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    tensors.pop("n_averaged", None)  # torch's AveragedModel counts beside the weights
+    while prefix := next((prefix for prefix in _PREFIXES if tensors and all(key.startswith(prefix) for key in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors, arch if isinstance(arch, str) else None
+
+
+def fit(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors as they are, or as timm's filter for the family rewrites them where that leaves fewer faults."""
+    convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    faults = len(_faults(module, tensors, tensors))
+    if convert is None or not faults:
+        return tensors
+    parameters = inspect.signature(convert).parameters
+    options = {"adapt_layer_scale": True} if "adapt_layer_scale" in parameters else {}
+    try:
+        converted = convert(*(dict(tensors), module)[: len(parameters)], **options)
+    except Exception:  # written for timm's own files: on others it trips over whatever is missing, and the strict load says what
+        return tensors
+    return converted if len(_faults(module, converted, converted)) < faults else tensors
+
+
+def count_classes(tensors: dict[str, Tensor], heads: tuple[str, ...]) -> int:
+    """The classes of the first classifier among the tensors, 0 without one."""
+    names = [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
+    return next((len(tensors[name]) for name in names if name in tensors and tensors[name].ndim), 0)
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], unresized: dict[str, Tensor], file: Path, architecture: str) -> None:
+    """Loads exactly the module's tensors; none may have another size in `unresized`, the tensors as they were stored."""
+    if faults := _faults(module, tensors, unresized):
+        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        remedy = "give the right --arch, --num-classes, --img-size or --model-kwargs, or another file"
+        raise InputError(f"{file} does not fit {architecture}, {len(faults)} tensors: {shown}; {remedy}")
+    for name, tensor in tensors.items():
+        refuse_not_finite(name, tensor, str(file))
+    module.load_state_dict(tensors, strict=True)
+
+
+def _faults(module: nn.Module, tensors: dict[str, Tensor], unresized: dict[str, Tensor]) -> list[str]:
+    expected = module.state_dict()
+    faults = [f"missing {name}" for name in expected if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name in [name for name in expected if name in tensors]:
+        wanted, stored = expected[name], tensors[name]
+        if name in unresized and unresized[name].numel() != stored.numel():
+            stored = unresized[name]
+        if stored.shape != wanted.shape:
+            faults.append(f"wrong shape {name}: {tuple(stored.shape)} stored, {tuple(wanted.shape)} needed")
+        elif stored.is_floating_point() != wanted.is_floating_point():
+            faults.append(f"wrong type {name}: {stored.dtype} stored, {wanted.dtype} needed")
+    return faults
+
+
+def refuse_not_finite(name: str, tensor: Tensor, source: str) -> None:
+    """Raises InputError where a floating tensor holds NaN or infinity, naming it."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{source}: tensor {name} holds NaN or infinity; the checkpoint is damaged or its training diverged: give another")
