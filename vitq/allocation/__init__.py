@@ -1,0 +1,12 @@
+"""Which layer gets how many bits: the cheapest plan that the budgets allow, with a certificate.
+
+    profile ─ settle (fixed layers, shared tensors) ─ choice tree ─┐
+    --metric ─ cost table ─ objective (prices) ────────────────────┼─ solver ─ plan + report
+    --budget ─ sums of exact integers with limits ─────────────────┘
+
+Needs no torch, so that a plan can be made anywhere.
+"""
+
+from vitq.allocation.allocate import Allocation, allocate
+
+__all__ = ["Allocation", "allocate"]
