@@ -1,0 +1,189 @@
+"""Ranges of tensors, streamed: what values a graph's activations take, and which range to spend codes on.
+
+One pass over the images finds the channels' ranges of LayerNorm outputs (for the fold) and every activation's extremes; a second one
+fills a histogram of each. Neither holds on to images: memory is one batch and one histogram a tensor. The range of a width is the one
+with the least squared error, found on the histogram by a coarse grid of (low, high) and finer ones around its best point.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitq.affine import QParams, choose_qparams, quantize_dequantize, quantize_weight, weight_qparams
+from vitq.artifacts import Layer
+from vitq.errors import InputError
+from vitq.graph import Graph, run
+from vitq.graph.run import Intercept
+from vitq.rewrites import ChannelRange, fold_layernorms, foldable_norms
+
+Batches = Iterable[tuple[Tensor, Tensor | None]]
+"""Batches of (images (B, 3, H, W) float32, labels (B,) or None) that can be gone through more than once."""
+
+BINS = 2048
+_SAMPLES = 100_000  # values of one tensor that a batch adds, evenly spread; the extremes are always exact
+_SHRINKS = 16  # grid points a side in the coarse stage
+_FINE = 7  # grid points a side in the fine stage
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often values fell into `counts.numel()` equal bins over [low, high]; counts is float64."""
+
+    low: float
+    high: float
+    counts: Tensor
+
+    def centers(self) -> Tensor:
+        """The middle of each bin, float32."""
+        width = (self.high - self.low) / self.counts.numel()
+        return (self.low + width * (torch.arange(self.counts.numel(), dtype=torch.float64) + 0.5)).to(torch.float32)
+
+
+def fold(graph: Graph, batches: Batches) -> tuple[Graph, dict[str, Histogram]]:
+    """Folds the LayerNorms by the channel ranges that the images show, and gathers the folded graph's activation histograms.
+
+    Args:
+        graph: a rewritten graph.
+        batches: the calibration images; gone through twice.
+
+    Returns:
+        The folded graph and a histogram of each activation, by `Operand.tensor`.
+    """
+    folded = fold_layernorms(graph, channel_ranges(graph, batches))
+    return folded, histograms(folded, batches)
+
+
+def channel_ranges(graph: Graph, batches: Batches) -> dict[str, ChannelRange]:
+    """The lowest and highest value of each channel of every foldable LayerNorm's output, by node name."""
+    found: dict[str, ChannelRange] = {}
+
+    def widen(name: str, value: Tensor) -> None:
+        rows = value.reshape(-1, value.shape[-1])
+        low, high = rows.amin(0), rows.amax(0)
+        if name in found:
+            low, high = torch.minimum(low, found[name].low), torch.maximum(high, found[name].high)
+        found[name] = ChannelRange(low, high)
+
+    def watch(name: str) -> Intercept:
+        def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            output = compute(*arguments)
+            widen(name, output)
+            return output
+
+        return intercept
+
+    _go_through(graph, batches, {name: watch(name) for name in foldable_norms(graph)})
+    return found
+
+
+def histograms(graph: Graph, batches: Batches) -> dict[str, Histogram]:
+    """A histogram of every activation that a layer reads, by `Operand.tensor`.
+
+    The first batch sets the range; where later values leave it, the range is doubled towards them and neighbouring bins are merged.
+    """
+    found: dict[str, Histogram] = {}
+    first_reader: dict[str, str] = {}
+    for layer in graph.layers:
+        for operand in layer.activations:
+            first_reader.setdefault(operand.tensor, layer.name)
+
+    def watch(layer: Layer) -> Intercept:
+        def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            for operand, value in zip(layer.activations, arguments, strict=False):
+                if first_reader[operand.tensor] == layer.name:
+                    found[operand.tensor] = _add(found.get(operand.tensor), value)
+            return compute(*arguments)
+
+        return intercept
+
+    _go_through(graph, batches, {graph.nodes[layer.name]: watch(layer) for layer in graph.layers})
+    return found
+
+
+def activation_qparams(histogram: Histogram, bits: int) -> QParams:
+    """Scale and zero point with the least squared error over the histogram, among ranges inside [low, high] that hold 0."""
+    occupied = histogram.counts.nonzero().flatten()
+    values, weights = histogram.centers()[occupied], histogram.counts[occupied].to(torch.float32)
+    width = (histogram.high - histogram.low) / histogram.counts.numel()
+    low = min(histogram.low + width * int(occupied[0]), 0.0)
+    high = max(histogram.low + width * (int(occupied[-1]) + 1), 0.0)
+    if high - low <= 0:
+        return QParams(1.0, 0, bits)
+
+    def error(lows: Tensor, highs: Tensor) -> Tensor:
+        scale, zero_point = choose_qparams(lows, highs, bits)
+        moved = quantize_dequantize(values, scale[:, None], zero_point[:, None], bits)
+        return ((moved - values).square() * weights).sum(1)
+
+    best_low, best_high = _search(low, high, error)
+    scale, zero_point = choose_qparams(torch.tensor(best_low), torch.tensor(best_high), bits)
+    return QParams(float(scale), int(zero_point), bits)
+
+
+def weight_ranges(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (O,) of a weight (O, ...), each channel's range shrunk to its least squared error."""
+    rows = weight.reshape(weight.shape[0], -1)
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    best = torch.full_like(low, float("inf"))
+    best_scale, best_zero_point = weight_qparams(low, high, bits)
+    smallest = {2: 0.3, 3: 0.4, 4: 0.5}.get(bits, 0.7)
+    for shrink in torch.linspace(1.0, smallest, 24):
+        scale, zero_point = weight_qparams(low * shrink, high * shrink, bits)
+        error = (quantize_weight(rows, scale, zero_point, bits).dequantize() - rows).square().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero_point = torch.where(better, scale, best_scale), torch.where(better, zero_point, best_zero_point)
+    return best_scale, best_zero_point
+
+
+def _search(low: float, high: float, error: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
+    """The ends in [low, 0] and [0, high] with the least error: a geometric grid, then twice a finer one between its neighbours."""
+    ratios = torch.logspace(0, -2, _SHRINKS)
+    step = float(ratios[1])
+    lows = low * ratios if low < 0 else torch.zeros(1)
+    highs = high * ratios if high > 0 else torch.zeros(1)
+    for _ in range(3):
+        grid_low, grid_high = torch.meshgrid(lows, highs, indexing="ij")
+        best = int(error(grid_low.flatten(), grid_high.flatten()).argmin())
+        best_low, best_high = float(grid_low.flatten()[best]), float(grid_high.flatten()[best])
+        around = step ** torch.linspace(1, -1, _FINE)  # the best point itself is in the middle
+        step = float(around[_FINE // 2 - 1])
+        lows = (best_low * around).clamp(min=low) if low < 0 else lows
+        highs = (best_high * around).clamp(max=high) if high > 0 else highs
+    return best_low, best_high
+
+
+def _add(histogram: Histogram | None, value: Tensor) -> Histogram:
+    low, high = (float(end) for end in value.aminmax())
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise InputError("an activation is not finite for these images; look for damaged weights or images")
+    if histogram is None:
+        margin = 1e-6 * max(abs(low), abs(high), 1e-6)  # a constant still needs bins of some width
+        histogram = Histogram(low, max(high, low + margin), torch.zeros(BINS, dtype=torch.float64))
+    while low < histogram.low or high > histogram.high:
+        histogram = _doubled(histogram, downwards=low < histogram.low)
+    values = value.flatten()
+    step = max(values.numel() // _SAMPLES, 1)
+    while math.gcd(step, values.numel()) > 1:  # no common factor: it does not fall in step with the channels
+        step += 1
+    counts = torch.histc(values[::step].float() if step > 1 else values.float(), bins=BINS, min=histogram.low, max=histogram.high)
+    return Histogram(histogram.low, histogram.high, histogram.counts + counts.double())
+
+
+def _doubled(histogram: Histogram, downwards: bool) -> Histogram:
+    merged = histogram.counts.reshape(-1, 2).sum(1)
+    empty = torch.zeros_like(merged)
+    width = histogram.high - histogram.low
+    if downwards:
+        return Histogram(histogram.low - width, histogram.high, torch.cat([empty, merged]))
+    return Histogram(histogram.low, histogram.high + width, torch.cat([merged, empty]))
+
+
+def _go_through(graph: Graph, batches: Batches, intercepts: dict[str, Intercept]) -> None:
+    for images, _ in batches:
+        with torch.no_grad():
+            run(graph.module, images, intercepts)

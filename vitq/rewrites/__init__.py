@@ -1,0 +1,42 @@
+"""Exact float rewrites of the captured graph, one file each; each takes a Graph and returns a new one.
+
+`prepare` makes the graph that everything later starts from; folding LayerNorms needs the channels' ranges and comes with calibration.
+"""
+
+from vitq.artifacts import ModelSpec
+from vitq.graph import Graph, capture
+from vitq.models import LoadedModel
+from vitq.rewrites.as_linear import convolutions_as_linears
+from vitq.rewrites.batchnorm import fold_batchnorm
+from vitq.rewrites.biases import give_biases
+from vitq.rewrites.layernorm import ChannelRange, fold_layernorms, foldable_norms
+from vitq.rewrites.own_weights import own_weights
+
+__all__ = [
+    "ChannelRange", "convolutions_as_linears", "fold_batchnorm", "fold_layernorms", "foldable_norms", "give_biases", "own_weights",
+    "prepare", "rewrite",
+]  # fmt: skip
+
+
+def prepare(model: LoadedModel, device: str = "cpu") -> tuple[Graph, ModelSpec]:
+    """The captured and rewritten graph of a model, and what a later stage needs to make it again.
+
+    Raises:
+        InputError: the model cannot be captured.
+    """
+    channels, height, width = model.data_config["input_size"]
+    graph = rewrite(capture(model.module, (channels, height, width), device))
+    spec = ModelSpec(
+        architecture=model.architecture,
+        arguments=model.arguments,
+        num_classes=model.num_classes,
+        data_config=model.data_config,
+        label_names=model.label_names,
+        graph_digest=graph.digest,
+    )
+    return graph, spec
+
+
+def rewrite(graph: Graph) -> Graph:
+    """The graph after every rewrite that needs no images: own weights, BatchNorm folded, patchwise convolutions as linears, biases."""
+    return give_biases(convolutions_as_linears(fold_batchnorm(own_weights(graph))))
