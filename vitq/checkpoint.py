@@ -1,0 +1,171 @@
+"""The calibrated model in one .safetensors: codes, scales, zero points, float tensors, and in its header the plan.
+
+Loading needs neither the original weights nor the images: the architecture is built again with random weights, captured and
+rewritten to the same structure, and every tensor is replaced by the stored one.
+"""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.fx import GraphModule
+
+from vitq.affine import QParams, QuantizedWeight, highest_code
+from vitq.artifacts import WIDTHS, BitPlan, Layer, ModelSpec, refuse_existing, write_whole
+from vitq.errors import InputError
+from vitq.fakequant import fake_quantize
+from vitq.graph import Graph, assign, capture, copy
+from vitq.models import build
+from vitq.rewrites import fold_layernorms, rewrite
+
+FORMAT = "vitq-checkpoint/1"
+_CODES, _SCALE, _ZERO_POINT = "codes:", "scale:", "zero_point:"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A calibrated model.
+
+    `graph` is the float graph whose weights are the dequantized ones, with final biases. `weights` are by layer name, `activations`
+    by `Operand.tensor`. `plan` holds the model's specification.
+    """
+
+    graph: Graph
+    plan: BitPlan
+    weights: dict[str, QuantizedWeight]
+    activations: dict[str, QParams]
+    made_from: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def quantized_module(self) -> GraphModule:
+        """The fake-quantized graph: a module from images (B, 3, H, W) to the output."""
+        return fake_quantize(self.graph, self.activations)
+
+
+def save(checkpoint: Checkpoint, path: Path, force: bool = False) -> None:
+    """Writes the checkpoint; the file appears whole or not at all. Raises UsageError where it exists and `force` is not set."""
+    refuse_existing(path, force)
+    quantized = {layer.operands[1].tensor for layer in checkpoint.graph.layers if layer.name in checkpoint.weights}
+    tensors: dict[str, Tensor] = {
+        name: value.detach().contiguous() for name, value in checkpoint.graph.module.state_dict().items() if name not in quantized
+    }
+    for name, weight in checkpoint.weights.items():
+        tensors |= {_CODES + name: weight.codes, _SCALE + name: weight.scale, _ZERO_POINT + name: weight.zero_point}
+    metadata = {
+        "format": FORMAT,
+        "plan": checkpoint.plan.model_dump_json(),
+        "activations": json.dumps({name: [p.scale, p.zero_point, p.bits] for name, p in checkpoint.activations.items()}),
+        "made_from": json.dumps(checkpoint.made_from),
+    }
+    tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load(path: Path, device: str = "cpu") -> Checkpoint:
+    """Reads a checkpoint that `save` wrote.
+
+    Raises:
+        InputError: the file is missing, damaged, of another kind, or made for another graph (another torch or timm).
+    """
+    tensors, plan, activations, made_from = _read(path)
+    spec = plan.model
+    graph = rewrite(capture(build(spec.architecture, spec.arguments, spec.num_classes), _input_size(path, spec), device))
+    if graph.digest != spec.graph_digest:
+        raise InputError(f"{path} was made for another graph of {spec.architecture}; run `vitq profile` again with this torch and timm")
+    graph = fold_layernorms(graph)
+    plan.check(graph.layers)
+    bits = plan.bits
+    weights = {layer.name: _weight(path, tensors, layer, bits[layer.name].weight_bits) for layer in graph.layers if layer.has_weight}
+    stored = {layer.operands[1].tensor: weights[layer.name].dequantize() for layer in graph.layers if layer.has_weight}
+    module = copy(graph)
+    values = {}
+    for name, value in module.state_dict().items():
+        if name not in stored and name not in tensors:
+            raise InputError(f"{path} lacks tensor {name!r}; run `vitq calibrate` again")
+        values[name] = stored.get(name, tensors.get(name))
+        if (found := _form(values[name])) != _form(value):
+            raise InputError(f"{path}: tensor {name!r} is {found}, the model has {_form(value)}; run `vitq calibrate` again")
+    assign(module, {name: value.to(device) for name, value in values.items()})
+    module.recompile()
+    graph = Graph(module, graph.input_shape, graph.layers, graph.nodes, graph.blocks)
+    for layer in graph.layers:
+        for operand in layer.activations:
+            if operand.tensor not in activations or activations[operand.tensor].bits != bits[layer.name].activation_bits:
+                wanted = bits[layer.name].activation_bits
+                raise InputError(f"{path} has no {wanted}-bit scale for the input of layer {layer.name!r}; run `vitq calibrate` again")
+    return Checkpoint(graph, plan, weights, activations, made_from)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a calibrated model of this tool, by its header alone."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < _LARGEST_HEADER else {}
+    except (OSError, ValueError, struct.error):
+        return False
+    return isinstance(header, dict) and isinstance(header.get("__metadata__"), dict) and header["__metadata__"].get("format") == FORMAT
+
+
+def _input_size(path: Path, spec: ModelSpec) -> tuple[int, int, int]:
+    size = spec.data_config.get("input_size")
+    if not (isinstance(size, list | tuple) and len(size) == 3 and all(type(length) is int and length > 0 for length in size)):
+        raise InputError(f"{path} is damaged: input_size {size!r} is not [channels, height, width]; run `vitq calibrate` again")
+    return size[0], size[1], size[2]
+
+
+_LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, QParams], dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; `vitq calibrate` writes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format")
+                raise InputError(f"{path} is not a calibrated model of vitq (format {found!r}); `vitq calibrate` writes one")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        plan = BitPlan.model_validate_json(metadata["plan"])
+        activations = {name: _qparams(*entry) for name, entry in json.loads(metadata["activations"]).items()}
+        made_from = dict(json.loads(metadata.get("made_from", "{}")))
+    except (SafetensorError, ValidationError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is damaged: {reason}; run `vitq calibrate` again") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: tensor {name!r} holds values that are not finite; run `vitq calibrate` again")
+    return tensors, plan, activations, made_from
+
+
+def _qparams(scale: float, zero_point: int, bits: int) -> QParams:
+    whole = type(bits) is int and type(zero_point) is int
+    exact = isinstance(scale, float) and 0 < scale < float("inf") and torch.tensor(scale).item() == scale
+    if not (whole and exact and bits in WIDTHS and 0 <= zero_point <= highest_code(bits)):
+        raise ValueError(f"scale {scale!r}, zero point {zero_point!r} and bits {bits!r} of an activation do not go together")
+    return QParams(scale, zero_point, bits)
+
+
+def _weight(path: Path, tensors: dict[str, Tensor], layer: Layer, bits: int | None) -> QuantizedWeight:
+    codes, scale, zero_point = (tensors.get(prefix + layer.name) for prefix in (_CODES, _SCALE, _ZERO_POINT))
+    if bits is None or codes is None or scale is None or zero_point is None:
+        raise InputError(f"{path} lacks the codes of layer {layer.name!r}; run `vitq calibrate` again")
+    forms = (torch.uint8, layer.operands[1].shape), (torch.float32, (layer.channels,)), (torch.uint8, (layer.channels,))
+    if tuple((part.dtype, tuple(part.shape)) for part in (codes, scale, zero_point)) != forms:
+        raise InputError(f"{path}: the codes of layer {layer.name!r} do not have the weight's shape; run `vitq calibrate` again")
+    lowest, highest = (1, 255) if bits == 8 else (0, highest_code(bits))
+    in_range = lowest <= int(codes.min()) and int(codes.max()) <= highest and int(zero_point.max()) <= highest
+    if not in_range or float(scale.min()) <= 0 or (bits == 8 and bool((zero_point != 128).any())):
+        raise InputError(f"{path}: the codes of layer {layer.name!r} are no {bits}-bit codes; run `vitq calibrate` again")
+    return QuantizedWeight(codes, scale, zero_point, bits)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
