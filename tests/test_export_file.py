@@ -1,0 +1,152 @@
+"""The exported file: integer kernels for linears and matmuls of any shape, the fake-quantized values, what it says of itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from export_checkpoints import make_checkpoint, mixed, random_images, small_vit
+from torch import Tensor, nn
+
+from vitq.checkpoint import Checkpoint
+from vitq.errors import InputError, UsageError
+from vitq.export import ExportReport, Storage, export
+
+
+class Shapes(nn.Module):
+    """What transformers do to layers: inputs of 2 to 5 axes, windows in the batch, shared inputs, no bias, a transposed operand, a Relu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, (3, 4), padding="same", groups=16, bias=False)
+        self.five, self.four = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 24)
+        self.proj, self.fc1, self.fc2 = nn.Linear(24, 16), nn.Linear(16, 32, bias=False), nn.Linear(32, 16)
+        self.position = nn.Parameter(torch.randn(16, 16))
+        self.gate, self.head = nn.Linear(16, 16), nn.Linear(16, 7, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.gelu(self.depthwise(self.stem(images))).permute(0, 2, 3, 1)  # (B, 16, 16, 16)
+        x = x + self.five(x.reshape(-1, 4, 4, 16, 16)).reshape(-1, 16, 16, 16)
+        windows = x.reshape(-1, 4, 4, 4, 4, 16).transpose(2, 3).reshape(-1, 16, 16)  # (16 B, 16, 16)
+        attention = (self.q(windows) @ self.k(windows).transpose(-2, -1) + torch.tanh(self.position)).softmax(-1)
+        x = self.four(x) + self.proj(attention @ self.v(windows)).reshape(-1, 16, 16, 16)
+        x = x + self.fc2(F.relu(self.fc1(x)))
+        pooled = x.mean((1, 2))  # (B, 16)
+        return self.head(pooled * torch.sigmoid(self.gate(pooled)))
+
+
+def run(path: Path, images: Tensor) -> np.ndarray:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})[0]
+
+
+@pytest.fixture(scope="module")
+def vit() -> Checkpoint:
+    return make_checkpoint(small_vit(), weight=mixed, activation=mixed)
+
+
+@pytest.fixture(scope="module")
+def exported(vit: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport]:
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    return path, export(vit, path, [random_images(3, (3, 32, 32), seed) for seed in range(2)])
+
+
+def test_every_linear_and_matmul_of_a_vit_becomes_an_integer_kernel(vit: Checkpoint, exported: tuple[Path, ExportReport]) -> None:
+    path, report = exported
+    assert len({entry.activation_bits for entry in vit.plan.layers}) > 3
+    assert report.not_fused == ()
+    assert (report.integer_candidates, report.integer_kernels, report.quantized_layers, report.float_by_choice) == (14, 14, 14, 0)
+    assert report.code_mismatch <= 1e-4
+    assert report.file_bytes == path.stat().st_size
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.onnx"]
+    planned = sum(weight.bits * weight.codes.numel() for weight in vit.weights.values()) / 8
+    assert report.planned_weight_bytes == planned
+    assert planned < report.weight_bytes <= planned + 5 * sum(len(weight.scale) for weight in vit.weights.values())
+
+
+@pytest.mark.parametrize("storage", ["standard", "fast"])
+def test_every_storage_gives_the_same_kernels_and_values(
+    vit: Checkpoint, exported: tuple[Path, ExportReport], storage: Storage, tmp_path: Path
+) -> None:
+    path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
+    report = export(vit, path, [images], storage)
+    assert report.not_fused == ()
+    assert report.weight_bytes > exported[1].weight_bytes
+    assert np.array_equal(run(path, images), run(exported[0], images))
+
+
+@pytest.mark.parametrize("bits", [8, 5, 2])
+def test_layers_of_every_shape_are_exported_and_agree(bits: int, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(Shapes(), weight=bits, activation=bits)
+    path = tmp_path / "model.onnx"
+    report = export(checkpoint, path, [random_images(5, (3, 32, 32))])
+    assert report.not_fused == ()
+    assert (report.integer_candidates, report.float_by_choice) == (12, 2)
+    assert [run(path, random_images(batch, (3, 32, 32))).shape for batch in (1, 2, 5)] == [(1, 7), (2, 7), (5, 7)]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_one_layer_computes_its_formula(bits: int, tmp_path: Path) -> None:
+    class OneLayer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Linear(32, 24)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.only(images)
+
+    checkpoint = make_checkpoint(OneLayer(), weight=bits, activation=bits)
+    path, images = tmp_path / "model.onnx", random_images(2, (3, 32, 32), seed=9)
+    export(checkpoint, path, [images])
+    (qparams,), weight = checkpoint.activations.values(), checkpoint.weights["only"]
+    codes = np.clip(np.rint(images.numpy() / np.float32(qparams.scale)) + qparams.zero_point, 0, 2**bits - 1) - qparams.zero_point
+    integers = weight.codes.numpy().astype(float) - weight.zero_point.numpy()[:, None]
+    expected = (codes @ integers.T) * qparams.scale * weight.scale.numpy() + checkpoint.graph.module.state_dict()["only.bias"].numpy()
+    np.testing.assert_allclose(run(path, images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_runs_without_any_optimisation_too(vit: Checkpoint, exported: tuple[Path, ExportReport]) -> None:
+    path, images = exported[0], random_images(4, (3, 32, 32))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (found,) = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+    expected, unquantized = vit.quantized_module()(images).numpy(), vit.graph.module(images).numpy()
+    assert np.square(found - expected).mean() < np.square(expected - unquantized).mean()
+
+
+def test_the_file_says_what_it_is(vit: Checkpoint, exported: tuple[Path, ExportReport]) -> None:
+    model = onnx.load(exported[0])
+    facts = {entry.key.removeprefix("vitq."): json.loads(entry.value) for entry in model.metadata_props}
+    assert facts["format"] == "vitq-onnx/1"
+    assert facts["preprocessing"] == vit.plan.model.data_config
+    assert facts["num_classes"] == 10
+    assert facts["label_names"] == ["première", "b"]
+    assert facts["plan"] == {entry.name: [entry.weight_bits, entry.activation_bits] for entry in vit.plan.layers}
+    assert set(facts["versions"]) == {"vitq", "torch", "timm", "onnx", "onnxruntime"}
+    assert len(facts["digest"]) == 64
+    assert (model.ir_version, model.opset_import[0].version, len(model.graph.value_info)) == (10, 21, 0)
+    assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["images", "output"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert {node.name for node in model.graph.node} - {""} == {layer.name for layer in vit.graph.layers}
+
+
+def test_an_existing_file_an_unknown_storage_and_no_images_are_refused(
+    vit: Checkpoint, exported: tuple[Path, ExportReport], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(UsageError, match="storage 'zip' is not known; give one of packed, standard, fast"):
+        export(vit, path, [random_images(2, (3, 32, 32))], "zip")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no images to verify the file on; give some with --images"):
+        export(vit, path, [])
+    assert not list(tmp_path.iterdir())
+    path.write_text("mine")
+    with pytest.raises(UsageError, match="exists already; give --force"):
+        export(vit, path, [random_images(2, (3, 32, 32))])
+    assert path.read_text() == "mine"
+    export(vit, path, [random_images(2, (3, 32, 32))], force=True)
+    assert path.read_bytes() == exported[0].read_bytes()  # the same checkpoint gives the same bytes

@@ -1,0 +1,149 @@
+"""From one node a layer to the Q/DQ pattern that onnxruntime turns into an integer kernel.
+
+    linear        QuantizeLinear -> [Clip] -> DequantizeLinear -> MatMul(., DequantizeLinear(int8 [K, N])) -> Add(bias [1, 1, N])
+    matmul        both operands QuantizeLinear -> [Clip] -> DequantizeLinear, then MatMul
+    convolution   QuantizeLinear -> [Clip] -> Cast -> Sub(zero point) -> Conv with the float weight: a float kernel by choice
+
+Activations are uint8 at every width: below 8 bits a Clip on the codes keeps them to 2^bits - 1, which costs nothing and keeps the
+integer kernel. A tensor is quantized once for all its readers. The bias has three axes because a bias of one lets onnxruntime make
+a float Gemm of MatMul and Add before it looks for integer kernels; a linear of rank 2 loses the extra axis again in a Squeeze. A
+convolution between DequantizeLinear and QuantizeLinear would have its float weight quantized anew by onnxruntime, 8 bits per tensor:
+so it reads the codes as floats, and its weight carries both scales.
+
+Leaves out: how codes lie in the file (storage.py), names and metadata of the finished file (finish.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from vitq.affine import QParams, QuantizedWeight, highest_code
+from vitq.artifacts import Layer
+from vitq.checkpoint import Checkpoint
+from vitq.export.storage import Storage, function_name, unpack_function, weight_tensors
+from vitq.export.trace import DOMAIN, OPSET
+
+
+@dataclass(frozen=True)
+class LoweredLayer:
+    """Where a layer's numbers are in the ONNX graph: the codes of its activations (uint8) and its output (float32)."""
+
+    layer: Layer
+    codes: tuple[ir.Value, ...]
+    output: ir.Value
+
+
+def lower(model: ir.Model, checkpoint: Checkpoint, storage: Storage) -> tuple[LoweredLayer, ...]:
+    """Replaces every `vitq` node of a traced model, in place; returns where each layer's numbers are, in the order of the graph."""
+    layers = {layer.name: layer for layer in checkpoint.graph.layers}
+    lowering = _Lowering(model, checkpoint, storage)
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    return tuple(lowering.replace(node, layers[node.attributes["layer"].as_string()]) for node in nodes)
+
+
+class _Lowering:
+    """The graph being edited, and what its layers share: constants, quantized tensors, unpacking functions."""
+
+    def __init__(self, model: ir.Model, checkpoint: Checkpoint, storage: Storage) -> None:
+        self._model, self._checkpoint = model, checkpoint
+        self._storage: Storage = storage
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._codes: dict[tuple[ir.Value, QParams], ir.Value] = {}
+        self._dequantized: dict[tuple[ir.Value, QParams], ir.Value] = {}
+        self._tape = ir.tape.Tape()
+
+    def replace(self, node: ir.Node, layer: Layer) -> LoweredLayer:
+        self._tape = ir.tape.Tape()
+        inputs = [value for value in node.inputs if value is not None]
+        operands, bias = inputs[: len(layer.activations)], inputs[len(layer.activations) :]
+        qparams = [self._checkpoint.activations[operand.tensor] for operand in layer.activations]
+        codes = [self._quantize(value, q, operand.role) for value, q, operand in zip(operands, qparams, layer.activations, strict=True)]
+        if layer.op == "matmul":
+            dequantized = [self._dequantize(value, q) for value, q in zip(codes, qparams, strict=True)]
+            output = self._tape.op("MatMul", dequantized, name=layer.name)
+        elif layer.op == "linear":
+            output = self._linear(layer, self._dequantize(codes[0], qparams[0]), bias, rank=len(_shape(operands[0])))
+        else:
+            output = self._convolution(layer, codes[0], qparams[0], bias, node)
+        old = node.outputs[0]
+        output.shape, output.type = old.shape, old.type
+        self._model.graph.insert_before(node, self._tape.nodes)
+        ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+        self._model.graph.remove(node, safe=True)
+        return LoweredLayer(layer, tuple(codes), output)
+
+    def _quantize(self, value: ir.Value, qparams: QParams, role: str) -> ir.Value:
+        """The codes of a tensor, made at its first reader."""
+        if (value, qparams) not in self._codes:
+            scale, zero_point = self._constant(np.float32(qparams.scale)), self._constant(np.uint8(qparams.zero_point))
+            codes = self._tape.op("QuantizeLinear", [value, scale, zero_point])
+            if not _stays_below(qparams, role):
+                codes = self._tape.op("Clip", [codes, None, self._constant(np.uint8(highest_code(qparams.bits)))])
+            self._codes[value, qparams] = codes
+        return self._codes[value, qparams]
+
+    def _dequantize(self, codes: ir.Value, qparams: QParams) -> ir.Value:
+        if (codes, qparams) not in self._dequantized:
+            scale, zero_point = self._constant(np.float32(qparams.scale)), self._constant(np.uint8(qparams.zero_point))
+            self._dequantized[codes, qparams] = self._tape.op("DequantizeLinear", [codes, scale, zero_point])
+        return self._dequantized[codes, qparams]
+
+    def _linear(self, layer: Layer, x: ir.Value, bias: Sequence[ir.Value], rank: int) -> ir.Value:
+        weight = self._checkpoint.weights[layer.name]
+        integers = self._integers(weight, transposed=True)
+        dequantized = self._tape.op("DequantizeLinear", [integers, self._constant(weight.scale.cpu().numpy())], {"axis": 1})
+        output = self._tape.op("MatMul", [x, dequantized], name=layer.name)
+        # A bias of zeros stays: onnxruntime makes no integer kernel of a MatMul whose result goes through a Relu to the next codes.
+        values = _numpy(bias[0]) if bias else np.zeros(len(weight.scale), np.float32)
+        output = self._tape.op("Add", [output, self._constant(values.reshape(1, 1, -1))])
+        return self._tape.op("Squeeze", [output, self._constant(np.array([0]))]) if rank == 2 else output
+
+    def _convolution(self, layer: Layer, codes: ir.Value, qparams: QParams, bias: Sequence[ir.Value], node: ir.Node) -> ir.Value:
+        weight = self._checkpoint.weights[layer.name]
+        scale = weight.scale.cpu().numpy().reshape(-1, *[1] * (weight.codes.dim() - 1)) * np.float32(qparams.scale)
+        x = self._tape.op("Cast", [codes], {"to": ir.DataType.FLOAT})
+        x = self._tape.op("Sub", [x, self._constant(np.float32(qparams.zero_point))])
+        integers = self._tape.op("Cast", [self._integers(weight, transposed=False)], {"to": ir.DataType.FLOAT})
+        attributes = {name: attribute for name, attribute in node.attributes.items() if name != "layer"}
+        return self._tape.op("Conv", [x, self._tape.op("Mul", [integers, self._constant(scale)]), *bias], attributes, name=layer.name)
+
+    def _integers(self, weight: QuantizedWeight, transposed: bool) -> ir.Value:
+        """`codes - zero_point` as int8: an initializer, or the call that unpacks one."""
+        bits, tensors = weight_tensors(weight, self._storage, transposed)
+        inputs = [self._constant(tensor) for tensor in tensors]
+        if bits == 8:
+            return inputs[0]
+        function = unpack_function(bits, OPSET)
+        self._model.functions.setdefault(function.identifier(), function)
+        return self._tape.op(function_name(bits), inputs, domain=DOMAIN)
+
+    def _constant(self, value: "np.generic | np.ndarray | ir.TensorProtocol") -> ir.Value:
+        """An initializer, the same one for equal content."""
+        tensor = value if isinstance(value, ir.TensorProtocol) else ir.tensor(np.asarray(value))
+        key = (str(tensor.dtype), tuple(tensor.shape.numpy()), tensor.tobytes())
+        if key not in self._constants:
+            name = f"vitq.constant.{len(self._constants)}"
+            constant = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self._model.graph.register_initializer(constant)
+            self._constants[key] = constant
+        return self._constants[key]
+
+
+def _stays_below(qparams: QParams, role: str) -> bool:
+    """Whether codes cannot exceed 2^bits - 1 anyway: at 8 bits uint8 saturates; a softmax is at most 1."""
+    highest = highest_code(qparams.bits)
+    bounded = role == "post_softmax" and np.rint(np.float32(1) / np.float32(qparams.scale)) + qparams.zero_point <= highest
+    return qparams.bits == 8 or bool(bounded)
+
+
+def _shape(value: ir.Value) -> ir.Shape:
+    assert value.shape is not None, f"torch.onnx left {value.name} without a shape"
+    return value.shape
+
+
+def _numpy(value: ir.Value) -> np.ndarray:
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None, f"the bias {value.name} is computed"
+    return tensor.numpy()

@@ -1,0 +1,195 @@
+"""Proof that a file computes what was calibrated, layer by layer, before anybody sees the file.
+
+The end of a deep quantized network says little: one code that flips at a rounding tie flips more behind it. So the file is run in
+onnxruntime with every layer's codes made visible, and the captured graph is run beside it with each layer's output, once compared,
+replaced by onnxruntime's. Every layer is thus judged on the same input:
+
+1. its codes, from the float ops before it, must equal quantize(x) but for ties;
+2. its output must be  scale (codes - zero_point) (weight codes - zero_point) + bias,  computed in float64 from onnxruntime's codes;
+3. the graph's output, from the float ops behind the last layers, must be onnxruntime's.
+
+This is done twice: with outputs visible, and with codes alone, where onnxruntime is free to fuse an output with the next codes, and 1
+and 3 are judged on the outputs that 2 computes. Last, the file as it is: its outputs must lie as close to the fake-quantized model's
+as two runs do that part at a tie.
+
+Leaves out: accuracy; see evaluate.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from vitq.affine import QParams, quantize
+from vitq.artifacts import Layer
+from vitq.checkpoint import Checkpoint
+from vitq.errors import InputError, VerificationError
+from vitq.export.kernels import session
+from vitq.export.lowering import LoweredLayer
+from vitq.graph import run
+
+TIE = 1e-3
+"""Codes are not compared where x / scale is this close to a rounding boundary: float ops differ by some 1e-6 of the range, 255 steps."""
+MISMATCH = 1e-4
+"""The fraction of a layer's codes that may differ beyond ties, by one step."""
+ROUNDING = 1e-5
+"""What float32 may add to a layer's output, of its largest sum of products; a float kernel's long sums cancel to some 1e-6."""
+IMAGES = 4
+"""Images on which every layer is compared; the output is compared on all."""
+PARTED = 1.5
+"""How many times quantization's own error the output may differ: two independent errors of one size are sqrt(2) of it apart."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the file and the fake-quantized model agree: top-1 in percent of the images, the fraction of codes that differ."""
+
+    top1: float
+    code_mismatch: float
+
+
+def verify_file(model: onnx.ModelProto, layers: Sequence[LoweredLayer], checkpoint: Checkpoint, batches: Iterable[Tensor]) -> Agreement:
+    """Compares a file with its checkpoint on images.
+
+    Args:
+        model: the finished file.
+        layers: where each layer's numbers are in it.
+        checkpoint: what it was made from.
+        batches: images (B, 3, H, W), float32, preprocessed.
+
+    Raises:
+        VerificationError: some layer or the output differs; the message names the first such layer and by how much.
+        InputError: there are no images.
+    """
+    device = next(iter(checkpoint.graph.module.parameters())).device
+    plain = session(model.SerializeToString())
+    quantized = checkpoint.quantized_module()
+    comparisons = [_LayerComparison(model, layers, checkpoint, outputs_visible) for outputs_visible in (True, False)]
+    images, agreeing, error, quantization_error, size = 0, 0, 0.0, 0.0, 0.0
+    for batch in batches:
+        if images < IMAGES:
+            for comparison in comparisons:
+                comparison.compare(batch[: IMAGES - images].to(device))
+        output = torch.from_numpy(plain.run(None, {"images": _array(batch)})[0])
+        with torch.no_grad():
+            expected, unquantized = quantized(batch.to(device)).cpu(), checkpoint.graph.module(batch.to(device)).cpu()
+        images += len(batch)
+        agreeing += int((output.flatten(1).argmax(1) == expected.flatten(1).argmax(1)).sum())
+        error += float((output - expected).double().square().sum())
+        quantization_error += float((expected - unquantized).double().square().sum())
+        size += float(expected.double().square().sum())
+    if images == 0:
+        raise InputError("there are no images to verify the file on; give some with --images")
+    if not error**0.5 <= PARTED * quantization_error**0.5 + ROUNDING * size**0.5:
+        raise VerificationError(
+            f"the file's output differs from the fake-quantized model's by {error**0.5:.3g}, more than {PARTED} times what quantization "
+            f"itself changes ({quantization_error**0.5:.3g}), although every layer agrees. {_REPORT}"
+        )
+    return Agreement(100 * agreeing / images, sum(c.mismatched for c in comparisons) / max(sum(c.compared for c in comparisons), 1))
+
+
+_NEGATED = "-"  # before a value's name: its negative
+
+
+class _LayerComparison:
+    """The file with every layer's codes, and its output too if wanted, among its outputs, and the counts of what was compared."""
+
+    def __init__(self, model: onnx.ModelProto, layers: Sequence[LoweredLayer], checkpoint: Checkpoint, outputs_visible: bool) -> None:
+        self._layers, self._checkpoint, self._outputs_visible = layers, checkpoint, outputs_visible
+        self._output = model.graph.output[0].name
+        visible = onnx.ModelProto()
+        visible.CopyFrom(model)
+        self._names = list(dict.fromkeys([self._output, *(str(value.name) for layer in layers for value in layer.codes)]))
+        if outputs_visible:
+            # As an output itself, a matmul's result would be shown rounded where onnxruntime fuses it with the quantization behind it.
+            outputs = dict.fromkeys(str(layer.output.name) for layer in layers)
+            visible.graph.node.extend(onnx.helper.make_node("Neg", [name], [_NEGATED + name]) for name in outputs)
+            self._names += [_NEGATED + name for name in outputs]
+        visible.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names[1:])
+        self._session = session(visible.SerializeToString())
+        self.compared = self.mismatched = 0
+
+    def compare(self, images: Tensor) -> None:
+        """Compares every layer on images (B, 3, H, W); two at a time, since all activations are kept."""
+        graph = self._checkpoint.graph
+        for part in images.split(2):
+            arrays = self._session.run(self._names, {"images": _array(part)})
+            found = {name: torch.from_numpy(array).to(images.device) for name, array in zip(self._names, arrays, strict=True)}
+            intercepts = {graph.nodes[layer.layer.name]: self._intercept(layer, found) for layer in self._layers}
+            with torch.no_grad():
+                output = run(graph.module, part, intercepts)
+            _compare_output(output, found[self._output])
+
+    def _intercept(self, layer: LoweredLayer, found: dict[str, Tensor]) -> Callable[..., Tensor]:
+        operands = [self._checkpoint.activations[operand.tensor] for operand in layer.layer.activations]
+        codes = [found[str(value.name)] for value in layer.codes]
+
+        def replaced(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            for x, given, qparams in zip(arguments, codes, operands, strict=False):
+                self._compare_codes(layer.layer.name, x, given, qparams)
+            expected, accepted = self._expected(layer.layer, compute, arguments, codes, operands)
+            if not self._outputs_visible:
+                return expected.to(torch.float32)
+            output = -found[_NEGATED + str(layer.output.name)]
+            excess = float(((output - expected).abs() / accepted.clamp(min=1e-30)).max())  # a layer may be all zeros
+            if not excess <= 1:
+                raise VerificationError(
+                    f"layer {layer.layer.name}: given the same codes, its output differs by {float((output - expected).abs().max()):.3g}, "
+                    f"{excess:.3g} times what rounding explains. {_REPORT}"
+                )
+            return output
+
+        return replaced
+
+    def _compare_codes(self, layer: str, x: Tensor, found: Tensor, qparams: QParams) -> None:
+        steps = (found.to(torch.float32) - quantize(x, qparams.scale, qparams.zero_point, qparams.bits)).abs()
+        position = (x / qparams.scale).frac().abs()
+        mismatched = int(((steps > 0) & ((position - 0.5).abs() > TIE)).sum())
+        self.compared += steps.numel()
+        self.mismatched += mismatched
+        worst = float(steps.max()) if steps.numel() else 0.0
+        if not worst <= 1 or mismatched > MISMATCH * steps.numel():  # a NaN is not <= 1
+            raise VerificationError(
+                f"layer {layer}: given the same input, {mismatched} of {steps.numel()} codes differ beyond ties, up to {worst:.0f} steps; "
+                f"accepted are {MISMATCH:g} of them, by one step. {_REPORT}"
+            )
+
+    def _expected(
+        self, layer: Layer, compute: Callable[..., Tensor], arguments: Sequence[Any], codes: Sequence[Tensor], operands: Sequence[QParams]
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's output from its codes, in float64, and by how much float32 may differ."""
+        integers = [given.to(torch.float64) - qparams.zero_point for given, qparams in zip(codes, operands, strict=True)]
+        unit = torch.tensor(operands[0].scale, dtype=torch.float64)
+        bias = torch.zeros((), dtype=torch.float64)
+        if layer.has_weight:
+            weight = self._checkpoint.weights[layer.name]
+            products = compute(integers[0], weight.integers().to(torch.float64), None, *arguments[3:])
+            per_channel = [1] * products.dim()
+            per_channel[-1 if layer.op == "linear" else 1] = -1
+            unit = unit * weight.scale.to(torch.float64).reshape(per_channel)
+            if len(arguments) > 2 and arguments[2] is not None:
+                bias = arguments[2].to(torch.float64).reshape(per_channel)
+        else:
+            products = compute(*integers)
+            unit = unit * operands[1].scale
+        return products * unit + bias, ROUNDING * (products.abs().max() * unit + bias.abs())
+
+
+_REPORT = "No file was written. This is a fault of the exporter or of onnxruntime: please report it, with the model's name and versions."
+
+
+def _compare_output(expected: Tensor, found: Tensor) -> None:
+    difference = float((expected - found).abs().max())
+    if not difference <= 1e-4 * float(expected.abs().max()):
+        raise VerificationError(
+            f"the ops behind the last layer: given the same layer outputs, the output differs by {difference:.3g} of "
+            f"{float(expected.abs().max()):.3g}. {_REPORT}"
+        )
+
+
+def _array(images: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(images.cpu().numpy())
