@@ -1,0 +1,272 @@
+"""The commands on a tiny model: four bare ones after each other, what they remember, what they print, and `show` and `evaluate`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from cli_session import CLASSES, NUM_IMAGES, Done, environment, make_chain, make_images, make_model, vitq
+
+from vitq.artifacts import load_plan, load_profile
+from vitq.images import open_images
+from vitq.models import load
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Done]]:
+    folder = tmp_path_factory.mktemp("chain")
+    return folder, make_chain(folder)
+
+
+@pytest.fixture
+def session(chain: tuple[Path, list[Done]], tmp_path: Path) -> Path:
+    """A copy of the finished session, free to be changed."""
+    return shutil.copytree(chain[0], tmp_path / "session")
+
+
+def test_four_bare_commands_make_a_run_folder(chain: tuple[Path, list[Done]]):
+    folder, said = chain
+    assert [done.code for done in said] == [0, 0, 0, 0], [done.err for done in said]
+    assert {path.name for path in (folder / "vitq-run").iterdir()} == {"profile.json", "plan.json", "model.safetensors", "model.onnx"}
+    followups = ["vitq allocate --budget 4.0", "vitq calibrate", "vitq export", "vitq evaluate vitq-run/model.onnx --images PATH"]
+    assert [done.err.strip().splitlines()[-1] for done in said] == [f"next: {command}" for command in followups]
+    assert "preprocessing: RGB" in said[0].err
+    assert "/" not in load_profile(folder / "vitq-run" / "profile.json").made_from["model"]["source"]
+    plan = load_plan(folder / "vitq-run" / "plan.json")
+    assert plan.made_from["images"] | {"digest": ""} == {"source": "images", "num_images": 24, "seed": 0, "digest": ""}
+    assert plan.summary["average_weight_bits"] <= 4
+    onnx.checker.check_model(onnx.load(folder / "vitq-run" / "model.onnx"))
+
+
+def test_evaluate_equals_a_computation_by_hand(session: Path):
+    done = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", folder=session)
+    assert done.code == 0, done.err
+    loaded = load(str(session / "model"))
+    runtime = onnxruntime.InferenceSession(session / "vitq-run" / "model.onnx", providers=["CPUExecutionProvider"])
+    images = open_images(session / "images", loaded.data_config, None)
+    right, agreeing, kl = [], [], []
+    for batch, labels in images:
+        given = torch.from_numpy(runtime.run(None, {"images": batch.numpy()})[0])
+        with torch.no_grad():
+            wanted = loaded.module(batch)
+        right += (given.argmax(1) == labels).tolist()
+        agreeing += (given.argmax(1) == wanted.argmax(1)).tolist()
+        kl += (wanted.softmax(1) * (wanted.log_softmax(1) - given.log_softmax(1))).sum(1).tolist()
+    found = done.document
+    assert found["num_images"] == NUM_IMAGES
+    assert found["top1"] == pytest.approx(100 * np.mean(right))
+    assert found["agreement"] == pytest.approx(100 * np.mean(agreeing))
+    assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+    assert found["kl_margin"] == pytest.approx(1.96 * np.std(kl) / NUM_IMAGES**0.5, rel=1e-3)
+    assert found["top5"] == 100  # of five classes
+    assert {"top1_margin", "top1_change", "top1_change_margin", "agreement_margin"} <= set(found)
+    assert json.loads((session / "vitq-run" / "evaluate.json").read_text()) == {"model.onnx": found}
+
+
+def test_evaluations_gather_in_the_run_folder(session: Path):
+    for artifact in ("vitq-run/model.safetensors", "vitq-run/model.onnx", "vitq-run/model.onnx"):
+        assert vitq("evaluate", artifact, "--images", "images", "--num-images", 8, folder=session).code == 0
+    assert list(json.loads((session / "vitq-run" / "evaluate.json").read_text())) == ["model.safetensors", "model.onnx"]
+    assert vitq("evaluate", "model", "--images", "images", "--num-images", 8, folder=session).code == 0
+    assert not (session / "evaluate.json").exists()  # a float model has no run folder
+
+
+def test_evaluate_a_model_against_itself(session: Path):
+    found = vitq("evaluate", "model", "--reference", "model", "--images", "images", "--json", folder=session).document
+    assert (found["agreement"], found["top1_change"]) == (100, 0)
+    assert found["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_evaluate_away_from_the_run_folder_has_no_reference(session: Path):
+    shutil.move(session / "vitq-run" / "model.onnx", session / "alone.onnx")
+    found = vitq("evaluate", "alone.onnx", "--images", "images", "--json", folder=session)
+    assert "top1" in found.document and "kl" not in found.document, found.err
+    found = vitq("evaluate", "alone.onnx", "--images", "images", "--json", "--reference", "model", folder=session)
+    assert found.document["kl"] > 0
+
+
+def test_unlabelled_images_have_no_top1(session: Path):
+    flat = session / "flat"
+    flat.mkdir()
+    for path in (session / "images").rglob("*.png"):
+        shutil.copy(path, flat)
+    found = vitq("evaluate", "vitq-run/model.onnx", "--images", "flat", "--json", folder=session)
+    assert set(found.document) == {"num_images", "agreement", "agreement_margin", "kl", "kl_margin"}
+    shutil.rmtree(session / "images" / "class0")  # labels would mean other classes than the model's
+    found = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", folder=session)
+    assert "top1" not in found.document and "labels for 5 classes" in found.err
+
+
+@pytest.mark.parametrize(
+    ("gate", "limit", "code"),
+    [("--min-top1", 0, 0), ("--min-top1", 101, 6), ("--min-agreement", 101, 6), ("--max-kl", 0, 6), ("--max-kl", 1000, 0)],
+)
+def test_gates(session: Path, gate: str, limit: float, code: int):
+    done = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", gate, limit, folder=session)
+    assert done.code == code
+    assert "kl" in done.document  # the results are printed first
+    assert (f"{gate} {limit}" in done.err) == (code == 6)
+    assert (session / "vitq-run" / "evaluate.json").exists()
+
+
+def test_a_gate_that_cannot_be_measured_is_a_usage_error(session: Path):
+    shutil.move(session / "vitq-run" / "model.onnx", session / "alone.onnx")
+    done = vitq("evaluate", "alone.onnx", "--images", "images", "--max-kl", 1, folder=session)
+    assert (done.code, done.out) == (2, "")
+    assert "give it with --reference" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        (("profile", "model", "--images", "images", "--num-images", 8, "--bits", "3,8"), {"layers", "macs", "num_images", "seconds"}),
+        (
+            ("allocate", "--budget", "like=4"),
+            {"average_weight_bits", "average_activation_bits_all", "size_bytes", "bops", "objective", "bound", "gap", "solve_seconds"},
+        ),
+        (("calibrate", "--num-images", 8), {"output", "recipe", "file_bytes", "num_images"}),
+        (
+            ("export", "--num-images", 4, "--storage", "fast"),
+            {
+                "file_bytes", "planned_weight_bytes", "weight_bytes", "quantized_layers", "integer_candidates", "integer_kernels",
+                "float_by_choice", "top1_agreement", "code_mismatch", "seconds",
+            },
+        ),
+        (("show", "vitq-run/plan.json"), {"layers", "architecture"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_json_is_one_document_and_nothing_else(session: Path, arguments: tuple[object, ...], fields: set[str]):
+    done = vitq(*arguments, "--json", "--force", folder=session)
+    assert done.code == 0, done.err
+    assert fields <= set(done.document)  # json.loads takes no second document
+    assert "next:" not in done.err
+
+
+def test_stdout_of_a_process_is_pure(session: Path):
+    """Libraries that write past sys.stdout would show here."""
+    command = [sys.executable, "-m", "vitq", "export", "--json", "--force", "--num-images", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=session, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["integer_kernels"] > 0
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_quiet_says_the_result_only(session: Path):
+    done = vitq("allocate", "--uniform", "4", "--force", "-q", folder=session)
+    assert (done.code, done.err) == (0, "")
+    assert "wrote vitq-run" in done.out
+
+
+def test_uniform_and_fixed_reach_the_plan(session: Path):
+    assert vitq("allocate", "--uniform", "4/6", "--fixed", "blocks.0.*=8", "--force", folder=session).code == 0
+    bits = {entry.name: (entry.weight_bits, entry.activation_bits) for entry in load_plan(session / "vitq-run" / "plan.json").layers}
+    assert bits["blocks.0.mlp.fc1"] == bits["head"] == (8, 8)
+    assert bits["blocks.1.mlp.fc1"] == (4, 6)
+    assert bits["blocks.1.attn.qk"] == (None, 6)
+
+
+def test_an_artifact_by_path_makes_its_folder_the_run_folder(session: Path):
+    (session / "other").mkdir()
+    shutil.copy(session / "vitq-run" / "profile.json", session / "other" / "profile.json")
+    done = vitq("allocate", "other/profile.json", "--budget", "5", folder=session)
+    assert "next: vitq calibrate --run-dir other" in done.err
+    assert vitq("calibrate", "--run-dir", "other", folder=session).code == 0
+    assert (session / "other" / "model.safetensors").exists()
+
+
+def test_relative_sources_are_tried_from_the_artifacts_folder(session: Path, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("profile.json", "plan.json"):
+        shutil.copy(session / "vitq-run" / name, session / name)
+    done = vitq("calibrate", session / "plan.json", folder=elsewhere)
+    assert done.code == 0, done.err
+    make_model(elsewhere / "model", seed=9)  # another one of that name is not taken for it
+    make_images(elsewhere / "images", seed=9)
+    done = vitq("export", "--run-dir", session, "-o", "here.onnx", folder=elsewhere)
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["here.onnx", "images", "model"]
+
+
+def test_a_backbone_from_a_weights_file_alone(session: Path):
+    """What the file does not say is given as options once, and remembered."""
+    shutil.copy(session / "model" / "model.safetensors", session / "weights.safetensors")
+    sizes = ["img_size=32", "patch_size=8", "embed_dim=64", "depth=2", "num_heads=2"]
+    described = ["--arch", "vit_tiny_patch16_224", "--num-classes", 0, *(part for size in sizes for part in ("--model-kwargs", size))]
+    done = vitq("profile", "weights.safetensors", *described, "--images", "images", "--run-dir", "r", "--bits", "4,8", folder=session)
+    assert done.code == 0, done.err
+    for command in (("allocate", "--uniform", "8"), ("calibrate",), ("export",)):
+        done = vitq(*command, "--run-dir", "r", folder=session)
+        assert done.code == 0, done.err
+    found = vitq("evaluate", "r/model.onnx", "--images", "images", "--json", folder=session).document
+    assert set(found) == {"num_images", "cosine", "cosine_margin", "relative_error", "relative_error_margin"}
+    assert found["cosine"] > 0.99
+
+
+def test_a_plan_by_hand_takes_the_sources_of_the_profile_beside_it(session: Path):
+    path = session / "vitq-run" / "plan.json"
+    plan = json.loads(path.read_text())
+    for entry in plan["layers"]:
+        entry["activation_bits"] = 8
+    del plan["made_from"], plan["summary"]
+    path.write_text(json.dumps(plan))
+    assert vitq("calibrate", "--force", folder=session).code == 0
+    assert vitq("export", "--force", folder=session).code == 0
+
+
+def test_skipped_images_are_named(session: Path):
+    (session / "images" / "class1" / "broken.png").write_bytes(b"no picture")
+    done = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", folder=session)
+    assert done.code == 0
+    assert "skipped 1 of 41 images" in done.err and "class1/broken.png: no image" in done.err
+
+
+@pytest.mark.parametrize(
+    "artifact", ["model", "vitq-run/profile.json", "vitq-run/plan.json", "vitq-run/model.safetensors", "vitq-run/model.onnx"]
+)
+def test_show(session: Path, artifact: str):
+    done = vitq("show", artifact, folder=session)
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out
+    assert max(len(line) for line in done.out.splitlines()) <= 80
+    names = [layer.name for layer in load_profile(session / "vitq-run" / "profile.json").layers]
+    assert all(name in done.out for name in names)
+    found = vitq("show", artifact, "--json", folder=session).document
+    assert [row["name"] for row in found["layers"]] == names
+    layer = next(row for row in found["layers"] if row["name"] == "blocks.1.mlp.fc1")
+    assert (layer["type"], layer["block"], layer["parameters"], layer["macs"]) == ("fc1", "blocks.1", 64 * 256, 17 * 64 * 256)
+    assert [operand["role"] for operand in layer["operands"]] == ["post_layernorm", "weight"]
+    if "plan" in artifact or "model." in artifact:
+        assert {layer["weight_bits"], layer["activation_bits"]} <= {2, 3, 4, 5, 6, 7, 8}
+        assert f"{layer['weight_bits']}/{layer['activation_bits']}" in done.out
+
+
+def test_show_writes_its_document(session: Path):
+    done = vitq("show", "model", "-o", "layers.json", folder=session)
+    assert done.code == 0
+    assert len(json.loads((session / "layers.json").read_text())["layers"]) == 2 * 6 + 2
+    assert json.loads((session / "layers.json").read_text())["num_classes"] == CLASSES
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path):
+    done = vitq("demo", "--json", folder=tmp_path)
+    assert done.code == 0, done.err
+    rows = {row["name"]: row for row in done.document["results"]}
+    assert list(rows) == ["float", "uniform 8", "uniform 3", "mixed 3.0"]
+    assert all(row["num_images"] == 1000 and row["median_ms"] > 0 for row in rows.values())
+    assert rows["mixed 3.0"]["kl"] < 0.6 * rows["uniform 3"]["kl"]
+    assert rows["uniform 8"]["kl"] < rows["mixed 3.0"]["kl"]
+    assert abs(rows["uniform 8"]["top1"] - rows["float"]["top1"]) < 1
+    assert rows["mixed 3.0"]["file_bytes"] < 0.5 * rows["uniform 8"]["file_bytes"] < 0.2 * rows["float"]["file_bytes"]
+    assert vitq("demo", folder=tmp_path).code == 2
+    done = vitq("export", "--run-dir", "vitq-demo/uniform-3", "-o", "again.onnx", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "vitq-demo" / "uniform-3" / "model.onnx").read_bytes()

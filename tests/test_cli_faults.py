@@ -1,0 +1,262 @@
+"""Bad input: the exit code, a message that says what to do, no traceback, and no file left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_session import Done, environment, make_chain, make_images, make_model, vitq
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert all(done.code == 0 for done in make_chain(folder))
+    return folder
+
+
+@pytest.fixture
+def session(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished session, free to be spoilt."""
+    return shutil.copytree(finished, tmp_path / "session")
+
+
+def refused(session: Path, code: int, *arguments: object) -> str:
+    """The message of a command that must fail with this code and leave every file as it was."""
+    before = contents(session)
+    done: Done = vitq(*arguments, folder=session)
+    assert done.code == code, done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert contents(session) == before
+    return done.err
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def edit_plan(session: Path, **fields: object) -> None:
+    """Changes fields of the plan's third layer."""
+    path = session / "vitq-run" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["layers"][2] |= fields
+    path.write_text(json.dumps(plan))
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, ("touched",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("profile", "gone", "--images", "images"), "'gone' is no file, folder or timm model"),
+        (("profile", "gone.safetensors", "--images", "images"), "gone.safetensors does not exist; give a timm local folder"),
+        (("profile", "model", "--images", "gone"), "gone does not exist; give a folder of images"),
+        (("allocate", "--budget", "4"), "profile.json does not exist; `vitq profile MODEL --images PATH` writes it"),
+        (("calibrate",), "plan.json does not exist; `vitq allocate --budget 4.0` writes it"),
+        (("export",), "model.safetensors does not exist; `vitq calibrate` writes it"),
+        (("evaluate", "gone.onnx", "--images", "images"), "gone.onnx does not exist; `vitq export` writes it"),
+        (("show", "gone.json"), "gone.json does not exist"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_missing_file(session: Path, arguments: tuple[str, ...], message: str):
+    rest = ("--run-dir", "new") if arguments[0] != "evaluate" else ()
+    assert message in refused(session, 3, *arguments, *rest)
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000, -1000])
+def test_a_truncated_safetensors(session: Path, size: int):
+    for path, command in (
+        (session / "model" / "model.safetensors", ("profile", "model", "--images", "images", "--run-dir", "new")),
+        (session / "vitq-run" / "model.safetensors", ("export", "--force")),
+    ):
+        path.write_bytes(path.read_bytes()[:size])
+        assert "model.safetensors" in refused(session, 3, *command)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_with_code_in_it(session: Path, legacy: bool):
+    torch.save({"model": Malicious()}, session / "model.pth", _use_new_zipfile_serialization=not legacy)
+    message = refused(session, 3, "profile", "model.pth", "--arch", "vit_tiny_patch16_224", "--images", "images", "--run-dir", "new")
+    assert "which was not run; save the model's state_dict()" in message
+
+
+def test_a_plan_with_an_unknown_layer(session: Path):
+    edit_plan(session, name="blocks.7.nothing")
+    assert "names layer 'blocks.7.nothing', which the model does not have; `vitq show MODEL`" in refused(session, 3, "calibrate", "--force")
+
+
+def test_a_plan_with_nine_bits(session: Path):
+    edit_plan(session, activation_bits=9)
+    message = refused(session, 3, "calibrate", "--force")
+    assert "activation_bits" in message and "2, 3, 4, 5, 6, 7 or 8" in message and "9" in message
+
+
+def test_a_budget_of_one(session: Path):
+    message = refused(session, 4, "allocate", "--budget", "1.0", "--force")
+    assert "budget '1.0' cannot be met" in message and "reachable are" in message and "2" in message
+
+
+def test_images_without_images(session: Path):
+    (session / "empty").mkdir()
+    (session / "empty" / "notes.txt").write_text("nothing")
+    for command in (("profile", "model", "--run-dir", "new"), ("calibrate", "--force"), ("export", "--force"), ("evaluate", "model")):
+        assert "empty holds no images" in refused(session, 3, *command, "--images", "empty")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("profile", "model", "--images", "images"),
+        ("allocate", "--budget", "4"),
+        ("calibrate",),
+        ("export",),
+        ("export", "-o", "model/config.json"),
+        ("show", "model", "-o", "vitq-run/plan.json"),
+        ("evaluate", "model", "--images", "images", "-o", "vitq-run/plan.json"),
+        ("demo", "--run-dir", "vitq-run"),
+    ],
+    ids=" ".join,
+)
+def test_an_output_that_exists(session: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    def unreached(*_: object, **__: object) -> None:
+        raise AssertionError("something expensive was begun")
+
+    monkeypatch.setattr("vitq.models.load", unreached)
+    monkeypatch.setattr("vitq.checkpoint.load", unreached)
+    message = refused(session, 2, *command)
+    assert "exists already; give --force to replace" in message
+
+
+def test_an_output_that_is_a_folder(session: Path):
+    assert "is a folder; give -o a file" in refused(session, 2, "allocate", "--budget", "4", "--force", "-o", "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("allocate", "--force"), "neither a budget nor a uniform width was given"),
+        (("allocate", "--force", "--budget", "much"), "'much'"),
+        (("allocate", "--force", "--uniform", "9"), "whole bits from 2 to 8"),
+        (("allocate", "--force", "--budget", "4", "--bits", "2;3"), "widths from 2 to 8 with commas"),
+        (("allocate", "--force", "--budget", "4", "--metric", "hawq"), "metric 'hawq' is not in the profile"),
+        (("profile", "model", "--images", "images", "--force", "--bits", "4,9"), "2 to 8"),
+        (
+            ("profile", "model", "--images", "images", "--force", "--metric", "luck"),
+            "metric 'luck' is not known; give one of output-fisher",
+        ),
+        (("profile", "model", "--images", "images", "--force", "--model-kwargs", "depth"), "give key=value"),
+        (("profile", "model", "--images", "images", "--force", "--device", "abacus"), "--device 'abacus' cannot be used here"),
+        (("calibrate", "--force", "--recipe", "soup"), "recipe 'soup' is not known; give one of fast"),
+        (("export", "--force", "--storage", "attic"), "storage 'attic' is not known; give one of packed"),
+        (("evaluate", "model"), "--images"),
+        (("bake",), "bake"),
+        (("profile", "model", "--images", "images", "--num-images", "0"), "--num-images"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_usage_errors(session: Path, arguments: tuple[str, ...], message: str):
+    assert message in refused(session, 2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("artifact", "message"),
+    [
+        ("vitq-run/plan.json", "is not a vitq-profile/1 file (found 'vitq-plan/1')"),
+        ("model/config.json", "is not a vitq-profile/1 file"),
+        ("vitq-run/model.onnx", "cannot be read as JSON"),
+    ],
+)
+def test_a_file_of_another_kind(session: Path, artifact: str, message: str):
+    assert message in refused(session, 3, "allocate", artifact, "--budget", "4", "-o", "new.json")
+    shutil.copy(session / "model" / "model.safetensors", session / "float.safetensors")
+    assert "is not a calibrated model" in refused(session, 3, "export", "float.safetensors", "-o", "new.onnx")
+    assert "vitq-checkpoint/1 file" in refused(session, 3, "profile", "vitq-run/model.safetensors", "--images", "images", "-o", "new.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "command"),
+    [
+        ("model", "--model", ("calibrate", "--force")),
+        ("images", "--images", ("calibrate", "--force")),
+        ("images", "--images", ("export", "--force")),
+        ("model", "--reference", ("evaluate", "vitq-run/model.onnx", "--images", "images")),
+    ],
+    ids=["calibrate model", "calibrate images", "export images", "evaluate model"],
+)
+def test_a_source_that_is_gone_or_changed(session: Path, name: str, option: str, command: tuple[str, ...]):
+    shutil.move(session / name, session / "moved")
+    if name == "model" or command[0] != "evaluate":
+        message = refused(session, 3, *command)
+        assert name in message and f"{option}" in message and "`vitq profile` again" in message
+        done = vitq(*command, option, "moved", folder=session)
+        assert done.code == 0, done.err
+    make = make_model if name == "model" else make_images
+    make(session / name, seed=7)
+    message = refused(session, 3, *command)
+    assert "have changed" in message and option in message and "`vitq profile` again" in message
+
+
+def test_a_stale_chain(session: Path):
+    make_model(session / "another", seed=3)
+    assert vitq("profile", "another", "--images", "images", "--force", "--bits", "4,8", folder=session).code == 0
+    message = refused(session, 3, "calibrate", "--force")
+    assert "was made from another profile" in message and "`vitq allocate --force` again" in message
+    assert vitq("allocate", "--budget", "5", "--force", folder=session).code == 0
+    message = refused(session, 3, "export", "--force")
+    assert "calibrated to another plan" in message and "`vitq calibrate --force` again" in message
+    assert vitq("export", "vitq-run/model.safetensors", "-o", "older.onnx", folder=session).code == 0  # asked for by its path
+    message = refused(session, 3, "calibrate", "--force", "--model", "images")
+    assert "config.json" in message
+
+
+def test_a_plan_for_another_model(session: Path):
+    make_model(session / "bigger", classes=9)
+    message = refused(session, 3, "calibrate", "--force", "--model", "bigger")
+    assert "run `vitq profile` again" in message or "do not fit" in message or "differs" in message
+
+
+def test_a_damaged_memory(session: Path):
+    path = session / "vitq-run" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["made_from"]["model"] = {"source": 3}
+    path.write_text(json.dumps(plan))
+    assert "made_from.model" in refused(session, 3, "calibrate", "--force")
+
+
+def test_a_foreign_onnx_file(session: Path):
+    (session / "bad.onnx").write_bytes(b"no protobuf")
+    assert "cannot be loaded by onnxruntime" in refused(session, 3, "evaluate", "bad.onnx", "--images", "images")
+
+
+def test_an_interruption_is_130_and_leaves_nothing(session: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitq.calibration.calibrate", interrupted)
+    refused(session, 130, "calibrate", "--force")
+
+
+def test_a_fault_of_ours_is_a_traceback_and_1(session: Path):
+    script = "import vitq.models, vitq.cli.app as app\nvitq.models.load = None\napp.main(['show', 'model'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=session, env=environment(), timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "TypeError" in done.stderr
+
+
+def test_help_is_quick_and_light():
+    script = (
+        "import sys\nfrom vitq.cli.app import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), timeout=60, check=True)
+    assert "profile" in done.stdout and "demo" in done.stdout
+    assert not {"torch", "timm", "onnx", "onnxruntime", "numpy"} & set(done.stderr.split())

@@ -1,0 +1,5 @@
+"""`python -m vitq` is `vitq`."""
+
+from vitq.cli.app import main
+
+main()

@@ -1,0 +1,68 @@
+"""`vitq calibrate`: quantizers fitted to a plan, into model.safetensors."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitq.artifacts import load_plan
+from vitq.cli import options
+from vitq.cli.chain import CHECKPOINT, PLAN, Reading, in_folder, output_path, plan_memory, refuse_stale_plan, run_folder
+from vitq.cli.terminal import Terminal, in_units
+
+
+def calibrate(
+    plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
+    images: options.RememberedImages = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="fast: minutes, no gradients.")] = "fast",
+    model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
+    num_images: options.NumImages = None,
+    seed: options.Seed = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    run_dir: options.RunDir = None,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fit the quantizers of a plan to its model."""
+    terminal = Terminal(quiet, verbose, as_json)
+    folder = run_folder(run_dir, plan)
+    path = output_path(output, folder, CHECKPOINT, force)
+    source = plan or folder / PLAN
+    chosen = load_plan(source)
+    if plan is None:
+        refuse_stale_plan(chosen, source)
+    memory = plan_memory(chosen, source)
+    options.usable_device(device)
+    from vitq.calibration import calibrate as fit
+    from vitq.checkpoint import save
+    from vitq.images import describe
+
+    started = time.perf_counter()
+    reading = Reading(images, num_images, seed, batch_size, workers)
+    loaded = memory.model(model, "--model")
+    opened, remembered = memory.images(reading, loaded.data_config, loaded.label_names)
+    terminal.note(f"preprocessing: {describe(loaded.data_config)}")
+    terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
+    with terminal.watching(opened, "calibrate"):
+        checkpoint = fit(loaded, chosen, opened, recipe, device)
+    calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
+    save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)
+    document = {
+        "output": str(path),
+        "recipe": recipe,
+        "quantized_layers": len(chosen.layers),
+        "file_bytes": path.stat().st_size,
+        "num_images": opened.num_images,
+        "skipped": opened.skipped,
+        "seconds": time.perf_counter() - started,
+    }
+    what = f"{len(chosen.layers)} layers calibrated by recipe {recipe} on {opened.num_images} images in {document['seconds']:.1f} s"
+    terminal.result(document, what, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
+    terminal.next(in_folder("vitq export", path, CHECKPOINT))

@@ -1,0 +1,213 @@
+"""How commands chain: the run folder, and the model and images that an artifact remembers in its `made_from`.
+
+    made_from = {"model": {source, digest, options}, "images": {source, digest, num_images, seed}, "profile": digest, ...}
+
+A source is kept as it was given. A relative one is looked for in the current folder, then in the artifact's; what is found must have
+the digest that was stored. An option that names a source wins, and then nothing is compared.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field, ValidationError
+
+from vitq.artifacts import BitPlan, Profile, Value, dump, load_plan, load_profile, refuse_existing
+from vitq.cli.options import DEFAULT_NUM_IMAGES
+from vitq.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from vitq.checkpoint import Checkpoint
+    from vitq.images import Images
+    from vitq.models import LoadedModel
+
+DEFAULT_FOLDER = Path("vitq-run")
+PROFILE, PLAN, CHECKPOINT, ONNX, EVALUATION = "profile.json", "plan.json", "model.safetensors", "model.onnx", "evaluate.json"
+
+
+class LoadingOptions(Value):
+    """What `models.load` takes beside the model."""
+
+    arch: str | None = None
+    num_classes: int | None = None
+    img_size: int | None = None
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelSource(Value):
+    """A float model as it was given, its digest, and how it was loaded."""
+
+    source: str
+    digest: str
+    options: LoadingOptions = LoadingOptions()
+
+
+class ImageSource(Value):
+    """Images as they were given, the digest of the chosen list, and what chose it."""
+
+    source: str
+    digest: str
+    num_images: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are to be read: None stands for what was remembered."""
+
+    source: str | None
+    num_images: int | None
+    seed: int | None
+    batch_size: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an artifact remembers: its `made_from`, its path, and its folder, from where relative sources are tried too."""
+
+    made_from: Mapping[str, Any]
+    artifact: Path
+
+    def model(self, override: str | None, option: str) -> "LoadedModel":
+        """Loads the float model that the artifact was made from, or `override` with the same loading options.
+
+        Raises:
+            InputError: nothing is remembered, the model is gone, cannot be loaded, or has other weights than then; the message names
+                `option`, which gives it.
+        """
+        from vitq.models import load
+
+        if override is not None:
+            return load(override, **self.loading().model_dump())
+        record = self._record("model", ModelSource)
+        if record is None:
+            raise InputError(f"{self.artifact} does not say which model it is for; give {option} MODEL")
+        remedy = f"give it with {option}, or run `vitq profile` again"
+        problem = ""
+        for place in self._places(record.source):
+            try:
+                model = load(place, **record.options.model_dump())
+            except InputError as error:
+                problem = problem or f"the model that {self.artifact} was made from cannot be loaded: {error}"
+                continue
+            if model.digest == record.digest:
+                return model
+            problem = f"the weights of {place} are not those that {self.artifact} was made from, they have changed"
+        raise InputError(f"{problem}; {remedy}")
+
+    def loading(self) -> LoadingOptions:
+        """The options that the float model was loaded with; none where that is not remembered."""
+        record = self._record("model", ModelSource)
+        return record.options if record else LoadingOptions()
+
+    def images(self, reading: Reading, data_config: dict[str, Any], class_names: tuple[str, ...]) -> "tuple[Images, ImageSource]":
+        """Opens the images that the artifact was made from, or those of `reading.source`.
+
+        Returns:
+            The images, and what to remember of them.
+
+        Raises:
+            InputError: nothing is remembered, the images are gone, cannot be read, or are others than then.
+        """
+        record = self._record("images", ImageSource)
+        then = (record.num_images, record.seed) if record else (DEFAULT_NUM_IMAGES, 0)
+        default = then[0] if reading.source is None else DEFAULT_NUM_IMAGES
+        now = (default if reading.num_images is None else reading.num_images, then[1] if reading.seed is None else reading.seed)
+
+        def opened(place: str, num_images: int, seed: int) -> "Images":
+            from vitq.images import open_images
+
+            return open_images(place, data_config, num_images, seed, reading.batch_size, reading.workers, class_names)
+
+        def remembered(source: str, images: "Images") -> "tuple[Images, ImageSource]":
+            return images, ImageSource(source=source, digest=images.digest, num_images=images.num_listed, seed=now[1])
+
+        if reading.source is not None:
+            return remembered(reading.source, opened(reading.source, *now))
+        if record is None:
+            raise InputError(f"{self.artifact} does not say which images it was made from; give --images PATH")
+        problem = ""
+        for place in self._places(record.source):
+            try:
+                images = opened(place, *then)
+            except InputError as error:
+                problem = problem or f"the images that {self.artifact} was made from cannot be read: {error}"
+                continue
+            if images.digest == record.digest:
+                return remembered(record.source, images if now == then else opened(place, *now))
+            problem = f"the images of {place} are not those that {self.artifact} was made from, they have changed"
+        raise InputError(f"{problem}; give them with --images, or run `vitq profile` again")
+
+    def _places(self, source: str) -> list[str]:
+        """Where a source may be now; as it is where it is nowhere, since it may be a timm name."""
+        return [str(place) for place in (Path(source), self.artifact.parent / source) if place.exists()] or [source]
+
+    def _record(self, name: str, kind: "type[Record]") -> "Record | None":
+        found = self.made_from.get(name)
+        if found is None:
+            return None
+        try:
+            return kind.model_validate(found)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, ("made_from", name, *fault["loc"])))
+            raise InputError(f"{self.artifact}: {place}: {fault['msg']}; run `vitq profile` again") from None
+
+
+Record = TypeVar("Record", ModelSource, ImageSource)
+
+
+def run_folder(run_dir: Path | None, artifact: Path | None = None) -> Path:
+    """The run folder: as given, else the artifact's, else `vitq-run`."""
+    return run_dir or (artifact.parent if artifact else DEFAULT_FOLDER)
+
+
+def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Path:
+    """Where to write; raises UsageError, before anything is computed, where that exists and `force` is not set."""
+    path = output or folder / name
+    refuse_existing(path, force)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give -o a file to write")
+    return path
+
+
+def in_folder(command: str, path: Path, name: str) -> str:
+    """The command that reads the artifact at `path`, by as few words as possible."""
+    if path.name != name:
+        return f"{command} {path}"
+    return command if path.parent == DEFAULT_FOLDER else f"{command} --run-dir {path.parent}"
+
+
+def digest_of(profile: Profile) -> str:
+    """What a plan remembers of the profile that it was made from."""
+    return hashlib.sha256(dump(profile).encode()).hexdigest()
+
+
+def plan_memory(plan: BitPlan, path: Path) -> Memory:
+    """What a plan remembers; of one that was written by hand, what the profile beside it does."""
+    made_from = plan.made_from
+    beside = path.parent / PROFILE
+    if "model" not in made_from and beside.is_file():
+        made_from = load_profile(beside).made_from
+    return Memory(made_from, path)
+
+
+def refuse_stale_plan(plan: BitPlan, path: Path) -> None:
+    """Raises InputError where the profile in the run folder is not the one that its plan was made from."""
+    profile = path.parent / PROFILE
+    if "profile" in plan.made_from and profile.is_file() and plan.made_from["profile"] != digest_of(load_profile(profile)):
+        raise InputError(f"{path} was made from another profile than {profile}; run `vitq allocate --force` again, or give the PLAN to use")
+
+
+def refuse_stale_checkpoint(checkpoint: "Checkpoint", path: Path) -> None:
+    """Raises InputError where the plan in the run folder is not the one that its calibrated model has."""
+    beside = path.parent / PLAN
+    if not beside.is_file():
+        return
+    plan = load_plan(beside)
+    same_model = plan.made_from.get("model") in (None, checkpoint.made_from.get("model"))
+    if plan.layers != checkpoint.plan.layers or not same_model:
+        raise InputError(f"{path} was calibrated to another plan than {beside}; run `vitq calibrate --force` again, or give the CHECKPOINT")

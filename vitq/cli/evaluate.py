@@ -1,0 +1,199 @@
+"""`vitq evaluate`: accuracy of a float model, a calibrated one or an ONNX file, against labels and against the float model."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitq.artifacts import write_whole
+from vitq.cli import options
+from vitq.cli.chain import EVALUATION, PROFILE, LoadingOptions, Memory, output_path
+from vitq.cli.terminal import Terminal, json_text
+from vitq.errors import GateError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitq.evaluate import Evaluation
+    from vitq.images import Images
+    from vitq.models import LoadedModel
+
+_UNITS = {"top1": "%", "top5": "%", "top1_change": "points", "agreement": "%", "kl": "nats an image", "cosine": "", "relative_error": ""}
+
+
+def evaluate(
+    artifact: Annotated[str, typer.Argument(help="A MODEL, a calibrated .safetensors, or a .onnx.")],
+    images: options.Images,
+    reference: Annotated[str | None, typer.Option("--reference", help="The float MODEL. (default: the artifact's run folder's)")] = None,
+    min_top1: Annotated[float | None, typer.Option("--min-top1", help="Percent; below it: exit 6.")] = None,
+    min_agreement: Annotated[float | None, typer.Option("--min-agreement", help="Percent; below it: exit 6.")] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", help="Nats an image; above it: exit 6.")] = None,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    img_size: options.ImgSize = None,
+    model_kwargs: options.ModelKwargs = None,
+    num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset. (default: all)")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Chooses the subset of the images.")] = 0,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    run_dir: options.RunDir = None,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure accuracy, and agreement with the float model."""
+    terminal = Terminal(quiet, verbose, as_json)
+    if output is not None:
+        output_path(output, Path(), "", force)
+    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
+    options.usable_device(device)
+    from vitq.evaluate import evaluate as measure
+    from vitq.images import describe, open_images
+
+    subject = _open(artifact, loading, device)
+    float_model = _reference(subject, reference, loading, run_dir)
+    opened = open_images(images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
+    gates = {"min_top1": min_top1, "min_agreement": min_agreement, "max_kl": max_kl}
+    gates = {name: limit for name, limit in gates.items() if limit is not None}
+    counted = _labels_fit(opened, subject.num_classes)
+    _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
+    terminal.note(f"preprocessing: {describe(subject.data_config)}")
+    if not counted and subject.num_classes:
+        terminal.note(f"{images} has no labels for {subject.num_classes} classes, so there is no top-1 accuracy")
+    runnable = None if float_model is None else on_device(float_model.module, device)
+    with terminal.watching(opened, "evaluate"):
+        batches = ((batch, labels if counted else None) for batch, labels in opened)
+        found = measure(subject.runnable, batches, runnable, subject.num_classes > 0)
+    document = flat(found)
+    folder = run_dir or subject.folder
+    if output is not None:
+        _write(output, document)
+    elif folder is not None and (folder / PROFILE).is_file():
+        save_result(document, folder, subject.name)
+    terminal.result(document, f"{subject.name} on {found.num_images} images", *_lines(found))
+    _check(gates, document)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a function from images to the output, how to feed it, and what it remembers of its float model."""
+
+    name: str
+    runnable: "Callable[[Tensor], Tensor]"
+    data_config: dict[str, Any]
+    num_classes: int
+    label_names: tuple[str, ...]
+    folder: Path | None
+    made_from: Mapping[str, Any]
+
+
+def flat(found: "Evaluation") -> dict[str, Any]:
+    """The measures that there are, as numbers with `..._margin` for their 95 % intervals."""
+    document: dict[str, Any] = {"num_images": found.num_images}
+    for name in _UNITS:
+        if (estimate := getattr(found, name)) is not None:
+            document |= {name: estimate.mean, f"{name}_margin": estimate.margin}
+    return document
+
+
+def save_result(document: dict[str, Any], folder: Path, name: str) -> None:
+    """Puts a result into a run folder's evaluations, in place of an earlier one of the same artifact."""
+    path = folder / EVALUATION
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        found = {}
+    _write(path, (found if isinstance(found, dict) else {}) | {name: document})
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
+
+
+def on_device(module: "Callable[[Tensor], Tensor]", device: str) -> "Callable[[Tensor], Tensor]":
+    """A function from images to outputs on the CPU that computes on a device; a module is moved there."""
+    moved: Any = module.to(device)  # pyright: ignore[reportFunctionMemberAccess]
+    return lambda batch: moved(batch.to(device)).cpu()
+
+
+def _open(artifact: str, loading: LoadingOptions, device: str) -> Subject:
+    from vitq import checkpoint
+    from vitq.evaluate import onnx_metadata, onnx_runnable
+    from vitq.models import load
+
+    path = Path(artifact)
+    if path.suffix == ".onnx":
+        metadata = onnx_metadata(path)
+        preprocessing, classes = metadata.get("vitq.preprocessing"), metadata.get("vitq.num_classes")
+        if not isinstance(preprocessing, dict) or not isinstance(classes, int):
+            raise InputError(f"{path} does not say how to preprocess images, so vitq did not write it; `vitq export` writes one that does")
+        labels, made_from = metadata.get("vitq.label_names"), metadata.get("vitq.made_from")
+        labels = tuple(labels) if isinstance(labels, list) else ()
+        made_from = made_from if isinstance(made_from, dict) else {}
+        return Subject(path.name, onnx_runnable(path), preprocessing, classes, labels, path.parent, made_from)
+    if path.is_file() and checkpoint.is_checkpoint(path):
+        found = checkpoint.load(path)
+        spec, runnable = found.plan.model, on_device(found.quantized_module(), device)
+        return Subject(path.name, runnable, spec.data_config, spec.num_classes, spec.label_names, path.parent, found.made_from)
+    model = load(artifact, **loading.model_dump())
+    return Subject(artifact, on_device(model.module, device), model.data_config, model.num_classes, model.label_names, None, {})
+
+
+def _reference(subject: Subject, given: str | None, loading: LoadingOptions, run_dir: Path | None) -> "LoadedModel | None":
+    """The float model: as given, else the one that the artifact was made from where its run folder is at hand."""
+    from vitq.models import load
+
+    folder = run_dir or subject.folder
+    memory = Memory(subject.made_from, (folder or Path()) / subject.name)
+    if given is not None:
+        model = load(given, **(memory.loading().model_dump() | loading.model_dump(exclude_defaults=True)))
+        if model.data_config["input_size"] != list(subject.data_config["input_size"]):
+            sizes = f"{model.data_config['input_size']}, {subject.name} takes {subject.data_config['input_size']}"
+            raise InputError(f"--reference {given} takes images of {sizes}; give the model that it was made from, or its --img-size")
+        return model
+    if folder is None or subject.folder is None or not (folder / PROFILE).is_file() or "model" not in subject.made_from:
+        return None
+    return memory.model(None, "--reference")
+
+
+def _labels_fit(images: "Images", num_classes: int) -> bool:
+    """Whether labels can be compared with predictions: there are some, for as many classes as the model has."""
+    return num_classes > 0 and images.labelled and len(images.class_names) in (0, num_classes)
+
+
+def _refuse_unmeasurable(gates: Mapping[str, float], num_classes: int, labelled: bool, with_reference: bool) -> None:
+    """Raises UsageError for a gate on what will not be measured, before anything is."""
+    if gates and not num_classes:
+        raise UsageError("a model without classes has no top-1, agreement or KL; leave the gates out")
+    if "min_top1" in gates and not labelled:
+        raise UsageError("--min-top1 needs images with labels of the model's classes; give --images a folder of class folders")
+    if {"min_agreement", "max_kl"} & set(gates) and not with_reference:
+        raise UsageError("--min-agreement and --max-kl need the float model; give it with --reference MODEL")
+
+
+def _lines(found: "Evaluation") -> list[str]:
+    lines = []
+    for name, unit in _UNITS.items():
+        if (estimate := getattr(found, name)) is not None:
+            lines.append(
+                f"  {name.replace('_', ' '):<15}{estimate.mean:>+10.4g}" if name == "top1_change" else f"  {name:<15}{estimate.mean:>10.4g}"
+            )
+            lines[-1] += f" ± {estimate.margin:.2g} {unit}".rstrip()
+    return lines
+
+
+def _check(gates: Mapping[str, float], document: Mapping[str, Any]) -> None:
+    """Raises GateError for the gates that do not hold; a NaN holds none."""
+    missed = []
+    for gate, limit in gates.items():
+        bound, _, name = gate.partition("_")
+        if not (document[name] >= limit if bound == "min" else document[name] <= limit):
+            missed.append(f"{name} is {document[name]:.6g}, {'below' if bound == 'min' else 'above'} --{gate.replace('_', '-')} {limit:g}")
+    if missed:
+        raise GateError("; ".join(missed) + "; give the layers more bits, or lower the gate")

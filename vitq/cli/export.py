@@ -1,0 +1,70 @@
+"""`vitq export`: the calibrated model as a verified ONNX file, model.onnx."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from vitq.cli import options
+from vitq.cli.chain import CHECKPOINT, ONNX, Memory, Reading, in_folder, output_path, refuse_stale_checkpoint, run_folder
+from vitq.cli.terminal import Terminal, in_units
+
+if TYPE_CHECKING:
+    from vitq.export import ExportReport, Storage
+
+
+def export(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A calibrated model. (default: model.safetensors in the run folder)")] = None,
+    images: options.RememberedImages = None,
+    num_images: options.NumImages = None,
+    storage: Annotated[
+        str, typer.Option("--storage", help="packed: every width at its true size; standard: int8, 4 bits at 4 and below; fast: int8.")
+    ] = "packed",
+    seed: options.Seed = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    run_dir: options.RunDir = None,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write an ONNX file that onnxruntime runs with integer kernels, and verify it."""
+    terminal = Terminal(quiet, verbose, as_json)
+    folder = run_folder(run_dir, checkpoint)
+    path = output_path(output, folder, ONNX, force)
+    options.usable_device(device)
+    from vitq.checkpoint import load
+    from vitq.export import export as write
+    from vitq.images import describe
+
+    source = checkpoint or folder / CHECKPOINT
+    calibrated = load(source, device)
+    if checkpoint is None:
+        refuse_stale_checkpoint(calibrated, source)
+    spec = calibrated.plan.model
+    memory = Memory(calibrated.made_from | calibrated.made_from.get("calibration", {}), source)
+    opened, _ = memory.images(Reading(images, num_images, seed, batch_size, workers), spec.data_config, spec.label_names)
+    terminal.note(f"preprocessing: {describe(spec.data_config)}")
+    terminal.detail(f"images {opened.source}, sha256 of the list {opened.digest}")
+    with terminal.watching(opened, "verify"):
+        report = write(calibrated, path, (batch for batch, _ in opened), cast("Storage", storage), force)
+    terminal.result(asdict(report), *_lines(report, opened.num_images), f"wrote {path}")
+    if report.not_fused:
+        terminal.note(f"not fused by onnxruntime: {', '.join(report.not_fused)}")
+    terminal.next(f"{in_folder('vitq evaluate', path, '')} --images PATH")
+
+
+def _lines(report: "ExportReport", num_images: int) -> list[str]:
+    by_choice = f"; {report.float_by_choice} convolutions compute in float" if report.float_by_choice else ""
+    return [
+        f"file      {in_units(report.file_bytes, 'B')}, of which weights {in_units(report.weight_bytes, 'B')} "
+        f"(planned {in_units(report.planned_weight_bytes, 'B')})",
+        f"kernels   {report.integer_kernels} of {report.integer_candidates} candidates run as integer kernels{by_choice}",
+        f"verified  on {num_images} images: {report.code_mismatch:.2g} of the codes differ, top-1 agrees on {report.top1_agreement:.2f} % "
+        f"with the fake-quantized model",
+        f"took      {report.seconds:.1f} s",
+    ]

@@ -1,0 +1,80 @@
+"""The options that several commands share, with their help, and the reading of those that are more than a number or a path."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitq.errors import UsageError
+
+DEFAULT_NUM_IMAGES = 256
+"""How many images profile, calibrate and export take where nothing says otherwise."""
+
+Arch = Annotated[str | None, typer.Option("--arch", help="timm architecture of a checkpoint that does not say.")]
+NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Classes of the head; 0 for a backbone. (default: the checkpoint's)")]
+ImgSize = Annotated[int | None, typer.Option("--img-size", help="Input height and width in pixels. (default: the checkpoint's)")]
+ModelKwargs = Annotated[
+    list[str] | None, typer.Option("--model-kwargs", help="key=value for timm.create_model; repeatable; values are JSON where they parse.")
+]
+Images = Annotated[
+    str, typer.Option("--images", help="A folder of class folders, a flat folder, a .tar of either, or an images.safetensors.")
+]
+RememberedImages = Annotated[
+    str | None, typer.Option("--images", help="A folder, a .tar or an images.safetensors. (default: those of the stage before)")
+]
+NumImages = Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images; 0: none beside this one.")]
+Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Chooses the subset of the images. (default: the stage before's, else 0)")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Where artifacts are read and written. (default: the given artifact's folder, or vitq-run)")
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="The file to write. (default: the usual name in the run folder)")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the result and faults.")]
+
+# Every command takes the common options; where one makes no difference, its help leaves it out.
+UnusedSeed = Annotated[int | None, typer.Option("--seed", hidden=True)]
+UnusedDevice = Annotated[str, typer.Option("--device", hidden=True)]
+UnusedForce = Annotated[bool, typer.Option("--force", hidden=True)]
+
+
+def parse_bits(text: str | None) -> list[int] | None:
+    """Reads '2,3,8' as widths; raises UsageError for anything that is no list of whole numbers."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--bits {text!r} is not understood; give widths from 2 to 8 with commas between them, such as 3,4,5") from None
+
+
+def parse_model_kwargs(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Reads 'key=value' texts; a value is JSON where it parses (4, true, [2,2]) and text where it does not."""
+    found = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--model-kwargs {text!r} is not understood; give key=value, such as patch_size=4")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def usable_device(text: str) -> str:
+    """The device's name as given; raises UsageError where torch cannot compute there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--device {text!r} cannot be used here: {reason}; give cpu, or cuda where there is a GPU") from None
+    return text

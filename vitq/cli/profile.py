@@ -1,0 +1,108 @@
+"""`vitq profile`: what every layer's bits are worth, into profile.json."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitq.artifacts import Profile, save
+from vitq.cli import options
+from vitq.cli.chain import PROFILE, ImageSource, LoadingOptions, ModelSource, in_folder, output_path, run_folder
+from vitq.cli.layer_table import cost_table
+from vitq.cli.terminal import Terminal, in_units
+
+if TYPE_CHECKING:
+    from vitq.images import Images
+    from vitq.models import LoadedModel
+
+DEFAULT_METRIC = "output-fisher"
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
+    images: options.Images,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="Repeatable; the first is allocate's default.")] = None,
+    bits: Annotated[str, typer.Option("--bits", help="The widths to price.")] = "2,3,4,5,6,7,8",
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    img_size: options.ImgSize = None,
+    model_kwargs: options.ModelKwargs = None,
+    num_images: options.NumImages = options.DEFAULT_NUM_IMAGES,
+    seed: Annotated[int, typer.Option("--seed", help="Chooses the subset of the images, and all else that is random.")] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", help="Go on with an interrupted metric; output-fisher is one pass, with nothing to resume."),
+    ] = True,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    run_dir: options.RunDir = None,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure what each layer's bits are worth."""
+    terminal = Terminal(quiet, verbose, as_json)
+    path = output_path(output, run_folder(run_dir), PROFILE, force)
+    widths = options.parse_bits(bits) or []
+    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
+    options.usable_device(device)
+    from vitq.images import describe, open_images
+    from vitq.importance import profile as price
+    from vitq.models import load
+
+    started = time.perf_counter()
+    loaded = load(model, **loading.model_dump())
+    opened = open_images(images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
+    terminal.note(f"preprocessing: {describe(loaded.data_config)}")
+    terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
+    with terminal.watching(opened, "profile"):
+        found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device)
+    found = remembering(found, loaded, loading, opened, seed)
+    save(found, path, force)
+    seconds = time.perf_counter() - started
+    tables = [cost_table(found, name) for name in found.costs] if verbose else []
+    terminal.result(_document(found, str(path), opened, seconds), *_lines(found, seconds), *tables, f"wrote {path}")
+    if fused := found.made_from.get("unfused_attention"):
+        terminal.note(f"attention stays fused in {len(fused)} places, so its matmuls are no layers and stay float: {', '.join(fused)}")
+    terminal.next(in_folder("vitq allocate --budget 4.0", path, PROFILE))
+
+
+def remembering(found: Profile, model: "LoadedModel", loading: LoadingOptions, images: "Images", seed: int) -> Profile:
+    """The profile with all that later commands need to open the model and the images again."""
+    sources = {
+        "model": ModelSource(source=model.source, digest=model.digest, options=loading),
+        "images": ImageSource(source=images.source, digest=images.digest, num_images=images.num_listed, seed=seed),
+    }
+    return found.model_copy(update={"made_from": found.made_from | {name: source.model_dump() for name, source in sources.items()}})
+
+
+def _document(found: Profile, path: str, images: "Images", seconds: float) -> dict[str, object]:
+    return {
+        "output": path,
+        "architecture": found.model.architecture,
+        "layers": len(found.layers),
+        "parameters": sum(layer.parameters for layer in found.layers),
+        "macs": sum(layer.macs for layer in found.layers),
+        "total_costs": {name: _total_costs(found, name) for name in found.costs},
+        "num_images": images.num_images,
+        "skipped": images.skipped,
+        "seconds": seconds,
+    }
+
+
+def _total_costs(found: Profile, metric: str) -> dict[int, float]:
+    """The sum over all layers of the costs at each width."""
+    table = found.costs[metric]
+    return {width: sum(costs[i] for costs in table.tied.values()) for i, width in enumerate(table.bits)}
+
+
+def _lines(found: Profile, seconds: float) -> list[str]:
+    parameters, macs = (in_units(sum(getattr(layer, name) for layer in found.layers), "") for name in ("parameters", "macs"))
+    lines = [f"{found.model.architecture}: {len(found.layers)} layers, {parameters} weights, {macs} MACs an image"]
+    for name, table in found.costs.items():
+        totals = ", ".join(f"{width} bits {cost:.3g}" for width, cost in _total_costs(found, name).items())
+        lines.append(f"{name}, all layers at {totals} ({'nats an image' if table.unit == 'nats' else table.unit})")
+    return [*lines, f"took {seconds:.1f} s"]

@@ -1,0 +1,137 @@
+"""`vitq show`: the layers of a model or of any artifact, with all that is known of them."""
+
+import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitq.artifacts import BitPlan, Layer, ModelSpec, Profile, load_plan, load_profile, write_whole
+from vitq.cli import options
+from vitq.cli.chain import PROFILE, LoadingOptions, output_path
+from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
+from vitq.cli.terminal import Terminal, in_units, json_text
+from vitq.errors import InputError
+
+
+def show(
+    artifact: Annotated[str, typer.Argument(help="A MODEL, profile.json, plan.json, a calibrated .safetensors, or a .onnx.")],
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    img_size: options.ImgSize = None,
+    model_kwargs: options.ModelKwargs = None,
+    seed: options.UnusedSeed = None,
+    device: options.UnusedDevice = "cpu",
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", hidden=True)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the JSON document to this file.")] = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show a model's layers, or what a file holds."""
+    terminal = Terminal(quiet, verbose, as_json)
+    if output is not None:
+        output_path(output, Path(), "", force)
+    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
+    found = _read(artifact, loading)
+    document = found.head | {"layers": found.rows}
+    if output is not None:
+        write_whole(output, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
+    tables = [layer_table(found.rows)]
+    tables += [cost_table(found.profile, metric) for metric in found.profile.costs] if found.profile else []
+    terminal.result(document, *_lines(found), *tables)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown: facts about the whole, a row a layer, and the profile whose costs are shown too."""
+
+    head: dict[str, Any]
+    rows: list[Row]
+    profile: Profile | None = None
+
+
+def _read(artifact: str, loading: LoadingOptions) -> Shown:
+    path = Path(artifact)
+    if path.suffix == ".json":
+        return _read_json(path)
+    from vitq import checkpoint
+
+    if path.suffix == ".onnx":
+        return _read_onnx(path)
+    if path.is_file() and checkpoint.is_checkpoint(path):
+        found = checkpoint.load(path)
+        return Shown(_head("calibrated model", found.plan.model, found.made_from), layer_rows(found.graph.layers, found.plan.bits))
+    from vitq.models import load
+    from vitq.rewrites import prepare
+
+    graph, spec = prepare(load(artifact, **loading.model_dump()))
+    return Shown(_head("model", spec, {}) | {"unfused_attention": graph.unfused()}, layer_rows(graph.layers))
+
+
+def _read_json(path: Path) -> Shown:
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        kind = None  # load_profile says what is wrong
+    if isinstance(kind, dict) and kind.get("format") == BitPlan.model_fields["format"].default:
+        plan = load_plan(path)
+        layers = _layers_beside(path, {entry.name for entry in plan.layers})
+        rows = layer_rows(layers, plan.bits) if layers else [entry.model_dump(mode="json") for entry in plan.layers]
+        return Shown(_head("plan", plan.model, plan.made_from) | {"fixed": list(plan.fixed)}, rows)
+    profile = load_profile(path)
+    head = _head("profile", profile.model, profile.made_from) | {"costs": {n: t.model_dump(mode="json") for n, t in profile.costs.items()}}
+    return Shown(head, layer_rows(profile.layers), profile)
+
+
+def _read_onnx(path: Path) -> Shown:
+    from vitq.evaluate import onnx_metadata
+
+    metadata = {name.removeprefix("vitq."): value for name, value in onnx_metadata(path).items() if name.startswith("vitq.")}
+    plan = metadata.pop("plan", None)
+    if not isinstance(plan, dict):
+        raise InputError(f"{path} holds no plan, so vitq did not write it; `vitq export` writes one that does")
+    bits = {name: {"weight_bits": weight, "activation_bits": activation} for name, (weight, activation) in plan.items()}
+    layers = _layers_beside(path, set(bits))
+    rows = [row | bits[row["name"]] for row in layer_rows(layers)] if layers else [{"name": name} | entry for name, entry in bits.items()]
+    return Shown({"kind": "exported model", "file_bytes": path.stat().st_size} | metadata, rows)
+
+
+def _layers_beside(path: Path, names: set[str]) -> tuple[Layer, ...]:
+    """The layers of the profile in the same folder, where it is of the same model."""
+    beside = path.parent / PROFILE
+    layers = load_profile(beside).layers if beside.is_file() else ()
+    return layers if {layer.name for layer in layers} == names else ()
+
+
+def _head(kind: str, spec: ModelSpec, made_from: Any) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "architecture": spec.architecture,
+        "arguments": spec.arguments,
+        "num_classes": spec.num_classes,
+        "preprocessing": spec.data_config,
+        "label_names": list(spec.label_names),
+        "made_from": dict(made_from),
+    }
+
+
+def _lines(found: Shown) -> list[str]:
+    from vitq.images import describe
+
+    head, rows = found.head, found.rows
+    size = f", {in_units(head['file_bytes'], 'B')}" if "file_bytes" in head else ""
+    lines = [f"{head['kind']}: {head.get('architecture')}, {head.get('num_classes')} classes, {len(rows)} layers{size}"]
+    if any("macs" in row for row in rows):
+        parameters, macs = (in_units(sum(row.get(key, 0) for row in rows), "") for key in ("parameters", "macs"))
+        lines.append(f"in layers: {parameters} weights, {macs} MACs an image")
+    if head.get("preprocessing"):
+        lines.append(f"preprocessing: {describe(head['preprocessing'])}")
+    sources = {name: head.get("made_from", {}).get(name) for name in ("model", "images")}
+    lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if source]
+    if fused := head.get("unfused_attention") or head.get("made_from", {}).get("unfused_attention"):
+        lines.append(f"attention stays fused in {len(fused)} places, so its matmuls are no layers: {', '.join(fused)}")
+    return [textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in lines]

@@ -1,0 +1,94 @@
+"""What a command says and where: the result to stdout, everything else to stderr, progress only on a terminal.
+
+Colours, widths and NO_COLOR are rich's business; in a pipe there is no colour and a table is 80 columns wide.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vitq.images import Images
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """How much a command says, as its options -q, -v and --json have it."""
+
+    quiet: bool
+    verbose: bool
+    as_json: bool
+
+    def note(self, text: str) -> None:
+        """A remark for people."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def detail(self, text: str) -> None:
+        """A remark for those who asked for more."""
+        if self.verbose:
+            self.note(text)
+
+    def result(self, document: dict[str, Any], *parts: "str | Table") -> None:
+        """What the command found: the document with --json, else the parts, lines or tables."""
+        if self.as_json:
+            print(json_text(document), end="")
+            return
+        for part in parts:
+            if isinstance(part, str):
+                print(part)
+            else:
+                from rich.console import Console
+
+                Console().print(part)
+
+    def next(self, command: str) -> None:
+        """The command that comes next, for people."""
+        if not self.as_json:
+            self.note(f"next: {command}")
+
+    @contextmanager
+    def watching(self, images: "Images", what: str) -> "Iterator[Images]":
+        """Shows every pass over the images while inside, and in the end names those that could not be read."""
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+        try:
+            with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
+                bar = progress.add_task(what, total=images.num_listed)
+                images.progress = lambda done, total: progress.update(bar, completed=done, total=total)
+                yield images
+        finally:
+            images.progress = None
+            if images.skipped:
+                print(f"skipped {len(images.skipped)} of {images.num_listed} images that cannot be read:", file=sys.stderr)
+                print("\n".join(f"  {name}" for name in images.skipped), file=sys.stderr)
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """The document as JSON; what is not finite, which JSON cannot say, becomes null."""
+    return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_units(value: float, unit: str) -> str:
+    """A number with a decimal prefix: 1_450_000 and "B" -> "1.45 MB"."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()

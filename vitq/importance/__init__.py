@@ -1,0 +1,76 @@
+"""Metrics: what each layer's bits are worth. One file each, one line of `METRICS` each, all answering with the same cost table."""
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from vitq.artifacts import WIDTHS, CostTable, Profile
+from vitq.errors import UsageError
+from vitq.gradients import probe_for
+from vitq.graph import Graph
+from vitq.images import Images
+from vitq.importance.output_fisher import output_fisher
+from vitq.models import LoadedModel
+from vitq.ranges import fold
+from vitq.rewrites import prepare
+
+__all__ = ["METRICS", "profile"]
+
+METRICS: dict[str, Callable[..., CostTable]] = {"output-fisher": output_fisher}
+
+
+def profile(
+    model: LoadedModel,
+    images: Images,
+    metrics: Sequence[str] = ("output-fisher",),
+    bits: Sequence[int] = WIDTHS,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Profile:
+    """Prices every layer of a model at every width.
+
+    Args:
+        model: a float model.
+        images: calibration images, preprocessed for the model; labels are not used.
+        metrics: names in `METRICS`; all are stored, the first is the allocator's default.
+        bits: the widths to price, 2 to 8.
+        seed: of whatever a metric draws at random.
+        device: where to compute.
+
+    Raises:
+        UsageError: an unknown metric or width.
+        InputError: the model cannot be captured, or the images cannot be used.
+    """
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise UsageError(f"metric {unknown[0]!r} is not known; give one of {', '.join(METRICS)}")
+    widths = sorted(set(bits))
+    if not widths or not set(widths) <= set(WIDTHS):
+        raise UsageError(f"bits {','.join(map(str, bits)) or 'none'} cannot be priced; give widths from 2 to 8, such as 2,3,4,8")
+    graph, spec = prepare(model, device)
+    folded, histograms = fold(graph, images)
+    probe = probe_for(spec.num_classes)
+    costs = {name: METRICS[name](folded, histograms, images, widths, probe, seed) for name in metrics}
+    return Profile(
+        model=spec,
+        layers=folded.layers,
+        costs=costs,
+        rest_bytes=rest_bytes(folded),
+        made_from={
+            "model": {"source": model.source, "digest": model.digest},
+            "images": {"source": images.source, "digest": images.digest, "num_images": images.num_listed},
+            "seed": seed,
+            "unfused_attention": graph.unfused(),
+            "versions": {name: version(name) for name in ("torch", "timm")},
+        },
+    )
+
+
+def rest_bytes(graph: Graph) -> int:
+    """The predicted bytes of an exported file outside its layers: float tensors, and the ops between the layers."""
+    weights = {layer.operands[1].tensor for layer in graph.layers if layer.has_weight}
+    floats = sum(value.numel() * value.element_size() for name, value in graph.module.state_dict().items() if name not in weights)
+    ops = sum(node.op == "call_function" for node in graph.module.graph.nodes) - len(graph.layers)
+    return floats + ops * _BYTES_PER_OP + _BYTES_OF_METADATA
+
+
+_BYTES_PER_OP = 60  # measured on exported files
+_BYTES_OF_METADATA = 4_000
