@@ -104,6 +104,7 @@ def _session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
         raise InputError(f"{path} does not exist; `vitq export` writes it")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would steal torch's cores
     if threads:
         options.intra_op_num_threads = threads
     try:

@@ -1,8 +1,9 @@
 """Predicted bytes of one layer in a packed ONNX file, from its shape and its widths alone.
 
 A layer's own bytes are its codes at their true width, one float32 scale an output channel, one zero point an output channel where
-the weight is asymmetric (below 8 bits), and the nodes and small constants that unpack and dequantize them. Left out: biases, other
-float tensors and the rest of the graph, which a profile holds as `rest_bytes`.
+the weight is asymmetric (below 8 bits), and the nodes, names and small constants that unpack, quantize and dequantize. Left out: biases,
+other float tensors and the rest of the graph, which a profile holds as `rest_bytes`. The constants were measured on exported files
+(docs/log.md); tests/test_size.py holds the prediction against real ones.
 """
 
 from vitq.artifacts import Layer
@@ -10,9 +11,10 @@ from vitq.artifacts import Layer
 SCALE_BYTES = 4
 ZERO_POINT_BYTES = 1
 
-# Nodes, names and small constants of a layer, by the width of its weight (of its inputs for a matmul).
-# Measured by the exporter's test, which fails when a file's real size leaves the prediction.
-GRAPH_BYTES = {2: 700, 3: 700, 4: 700, 5: 700, 6: 700, 7: 700, 8: 700}
+NODE_BYTES = {"linear": 230, "matmul": 190, "convolution": 290}
+NAME_BYTES = 2  # a character of the layer's name: as a node, and in the plan that the metadata hold
+UNPACK_BYTES = {2: 52, 3: 76, 4: 47, 5: 77, 6: 78, 7: 102, 8: 0}
+CLIP_BYTES = 21  # an activation below 8 bits
 
 
 def stored_bytes(layer: Layer, weight_bits: int | None, activation_bits: int) -> int:
@@ -23,8 +25,18 @@ def stored_bytes(layer: Layer, weight_bits: int | None, activation_bits: int) ->
         weight_bits: 2 to 8; None for a matmul.
         activation_bits: 2 to 8.
     """
+    graph = NODE_BYTES[layer.op] + NAME_BYTES * len(layer.name)
+    if activation_bits < 8:
+        graph += CLIP_BYTES * len(layer.activations)
     if weight_bits is None:
-        return GRAPH_BYTES[activation_bits]
-    codes = -(-layer.parameters * weight_bits // 8)
+        return graph
+    codes = -(-layer.parameters * _container(layer.parameters, weight_bits) // 8)
     qparams = layer.channels * (SCALE_BYTES + (ZERO_POINT_BYTES if weight_bits < 8 else 0))
-    return codes + qparams + GRAPH_BYTES[weight_bits]
+    return graph + codes + qparams + UNPACK_BYTES[weight_bits]
+
+
+def _container(parameters: int, bits: int) -> int:
+    """Bit planes need a multiple of 8 elements; other weights (small ones of odd shapes) lie in 4 or 8 bits."""
+    if parameters % 8 == 0 or bits in (4, 8):
+        return bits
+    return 4 if bits < 4 else 8

@@ -17,7 +17,8 @@ Intercept = Callable[..., Tensor]
 
 
 def run(module: GraphModule, images: Tensor, intercepts: Mapping[str, Intercept] | None = None) -> Tensor:
-    """The output of the graph for images (B, 3, H, W); `intercepts` maps node names to what runs in their place."""
+    """The output of the graph for images (B, 3, H, W), on the graph's device; `intercepts` maps node names to what runs in their place."""
+    images = images.to(next(module.parameters()).device)
     (placeholder,) = (node for node in module.graph.nodes if node.op == "placeholder")
     return advance(module, {placeholder.name: images}, None, None, intercepts)["output"]
 

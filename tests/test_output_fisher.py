@@ -1,0 +1,370 @@
+"""The default metric against its definition: exact Fisher matrices, naively rerun layers, and the exact sum over classes."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from small_models import NormThenLinear, ThreeProjections, Tokens, captured, captured_module, images, randomised
+from torch import Tensor, nn
+
+from vitq.affine import QParams, quantize_dequantize, quantize_weight
+from vitq.artifacts import CostTable
+from vitq.gradients import error_probe, fisher_probe, probe_for, trace
+from vitq.graph import Graph, analyse, copy, run, tensor_of
+from vitq.importance.output_fisher import _change, _matmul, _weight_changes, _weighted, output_fisher
+from vitq.ranges import Histogram, activation_qparams, fold, histograms, weight_ranges
+from vitq.rewrites import rewrite
+
+BITS = (2, 4, 8)
+
+
+class SignsOf:
+    """A generator's stand-in whose signs are given, so that all patterns can be gone through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.signs = torch.ones(1)
+        monkeypatch.setattr("vitq.gradients._signs", lambda like, generator: self.signs.expand_as(like).to(like))
+
+
+def gradients_under_all_signs(probe, output: Tensor, signs: SignsOf) -> Tensor:
+    """The probe's gradient at the output for each sign pattern: (patterns, B, K)."""
+    found = []
+    for pattern in itertools.product([-1.0, 1.0], repeat=output.shape[1]):
+        signs.signs = torch.tensor(pattern)
+        z = output.clone().requires_grad_()
+        found.append(torch.autograd.grad(probe(z, torch.Generator()).sum(), z)[0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_the_probe_of_a_classifier_has_the_fisher_information(classes: int, monkeypatch: pytest.MonkeyPatch):
+    logits = 3 * torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
+    v = gradients_under_all_signs(fisher_probe, logits, SignsOf(monkeypatch))
+    p = logits.softmax(1)
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    assert torch.allclose(torch.einsum("sbi,sbj->bij", v, v) / len(v), fisher, atol=1e-6)
+
+
+def test_the_fisher_information_is_the_hessian_of_the_kl_divergence():
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(1)).double()
+    p = logits.softmax(0)
+
+    def kl(z: Tensor) -> Tensor:
+        return (p * (logits.log_softmax(0) - z.log_softmax(0))).sum()
+
+    assert torch.allclose(torch.func.hessian(kl)(logits), torch.diag(p) - torch.outer(p, p), atol=1e-8)
+
+
+def test_the_probe_of_a_backbone_has_the_hessian_of_the_relative_error(monkeypatch: pytest.MonkeyPatch):
+    features = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    v = gradients_under_all_signs(error_probe, features, SignsOf(monkeypatch))
+    expected = torch.eye(5) / features.square().sum(1)[:, None, None]
+    assert torch.allclose(torch.einsum("sbi,sbj->bij", v, v) / len(v), expected, atol=1e-6)
+
+
+def test_probes_follow_their_generator():
+    z = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    first, again, other = (fisher_probe(z, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert probe_for(10) is fisher_probe and probe_for(0) is error_probe
+
+
+# The trace and the closed forms, against rerunning each layer
+
+
+class Mixed(nn.Module):
+    """Every kind of layer: strided, grouped and depthwise convolutions, attention, linears on windows, a gate of rank 2."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.grouped = nn.Conv2d(8, 8, 3, 1, 1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, 1, padding="same", groups=8)
+        self.along = nn.Conv1d(8, 8, 3, padding=1)
+        self.attention = ThreeProjections()
+        self.branch = NormThenLinear()
+        self.gate = nn.Linear(8, 8)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        x = self.act(self.grouped(x)) + self.depthwise(x)
+        x = x.flatten(2)
+        x = (x + self.along(x)).transpose(1, 2)  # (B, 16, 8)
+        windows = x.unflatten(1, (4, 4)).flatten(0, 1)
+        x = self.attention(windows).unflatten(0, (-1, 4)).flatten(1, 2)
+        x = self.branch(x).mean(1)
+        return self.head(x * torch.sigmoid(self.gate(x)))
+
+
+def fixed_probe(output: Tensor, generator: torch.Generator) -> Tensor:
+    """A probe without chance: every image has the same signs."""
+    log_p = output.log_softmax(-1)
+    signs = torch.tensor([1.0, -1.0]).repeat(output.shape[-1])[: output.shape[-1]]
+    return (log_p.detach().exp().sqrt() * signs * log_p).sum(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    graph: Graph
+    histograms: dict[str, Histogram]
+    batch: Tensor
+    fitted: dict[tuple[str, int], QParams] = field(default_factory=dict)
+
+    def qparams(self, tensor: str, bits: int) -> QParams:
+        if (tensor, bits) not in self.fitted:
+            self.fitted[tensor, bits] = activation_qparams(self.histograms[tensor], bits)
+        return self.fitted[tensor, bits]
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Case:
+    graph = rewrite(captured_module(randomised(Mixed())))
+    x = images(6, 8, seed=2)
+    folded, found = fold(graph, [(x, None)])
+    return Case(folded, found, x)
+
+
+def quantized_operands(case: Case, layer, weight_bits: int | None, activation_bits: int | None, arguments):
+    """The layer's arguments with its operands quantized; None leaves a kind as it is."""
+    changed = list(arguments)
+    for index, operand in enumerate(layer.activations):
+        if activation_bits is not None:
+            q = case.qparams(operand.tensor, activation_bits)
+            changed[index] = quantize_dequantize(arguments[index], q.scale, q.zero_point, q.bits)
+    if layer.has_weight and weight_bits is not None:
+        changed[1] = quantize_weight(arguments[1], *weight_ranges(arguments[1], weight_bits), weight_bits).dequantize()
+    return changed
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer got, image by image, and the gradient that the probe has with respect to a zero added to its output."""
+
+    compute: Callable[..., Tensor] | None
+    arguments: list[tuple]
+    gradients: list[Tensor]
+
+
+@pytest.fixture(scope="module")
+def seen(mixed: Case) -> dict[str, Seen]:
+    """One run and one backward pass an image, so that no gradient can have come from another one."""
+    found = {layer.name: Seen(None, [], []) for layer in mixed.graph.layers}
+    for image in mixed.batch.split(1):
+        zeros: dict[str, Tensor] = {}
+
+        def watch(name: str, zeros=zeros):
+            def intercept(compute, *arguments):
+                output = compute(*arguments)
+                zeros[name] = torch.zeros_like(output, requires_grad=True)
+                detached = tuple(argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments)
+                found[name] = Seen(compute, [*found[name].arguments, detached], found[name].gradients)
+                return output + zeros[name]
+
+            return intercept
+
+        output = run(mixed.graph.module, image, {node: watch(name) for name, node in mixed.graph.nodes.items()})
+        gradients = torch.autograd.grad(fixed_probe(output, torch.Generator()).sum(), list(zeros.values()))
+        for name, gradient in zip(zeros, gradients, strict=True):
+            found[name].gradients.append(gradient)
+    return found
+
+
+def error_of(case: Case, layer, compute, arguments, weight_bits: int | None, activation_bits: int | None) -> Tensor:
+    """The change of a layer's output when its operands are quantized and calibration has put mean and spread right."""
+
+    def output(*bits: int | None) -> Tensor:
+        found = compute(*quantized_operands(case, layer, *bits, arguments))
+        if layer.has_weight:
+            channel = found.dim() - 1 if layer.op == "linear" else 1
+            found = found - found.mean([axis for axis in range(found.dim()) if axis != channel], keepdim=True)
+        return found
+
+    wanted, gain = output(None, None), torch.ones(())
+    if layer.op == "linear":
+        for bits in ((weight_bits, None), (None, activation_bits)):
+            gain = gain * wanted.norm() / output(*bits).norm().clamp(min=1e-6)
+    return gain.clamp(0.5, 2) * output(weight_bits, activation_bits) - wanted
+
+
+def naive_u(case: Case, layer, seen: Seen, weight_bits: int | None, activation_bits: int | None) -> Tensor:
+    """u of one layer (images,): the layer is run again with quantized operands, and its error meets the gradients."""
+    together = [
+        torch.cat(part) if isinstance(part[0], Tensor) and index < len(layer.activations) else part[0]
+        for index, part in enumerate(zip(*seen.arguments, strict=True))
+    ]
+    error = error_of(case, layer, seen.compute, together, weight_bits, activation_bits)
+    return (error * torch.cat(seen.gradients)).reshape(len(case.batch), -1).sum(1)
+
+
+def traced_u(case: Case) -> dict[str, Tensor]:
+    """u of every layer at every pair of widths, as `output_fisher` computes it: (images, 1 + widths, 1 + widths)."""
+    found = {}
+    for traced in trace(case.graph, case.batch, fixed_probe, torch.Generator()):
+        operands = zip(traced.layer.activations, traced.inputs, strict=True)
+        changes = [[_change(x, activation_qparams(case.histograms[o.tensor], width)) for width in BITS] for o, x in operands]
+        if traced.layer.has_weight:
+            dw = _weight_changes(case.graph, traced.layer, BITS)
+            found[traced.layer.name] = _weighted(traced, changes[0], dw, len(case.batch))
+        else:
+            found[traced.layer.name] = _matmul(traced, changes, len(case.batch))
+    return found
+
+
+def test_every_layer_is_traced_last_first(mixed: Case):
+    names = [traced.layer.name for traced in trace(mixed.graph, mixed.batch, fixed_probe, torch.Generator())]
+    assert names == [layer.name for layer in mixed.graph.layers][::-1]
+
+
+def test_u_of_every_kind_of_layer_is_that_of_the_layer_run_again(mixed: Case, seen: dict[str, Seen]):
+    found = traced_u(mixed)
+    ops = {layer.op for layer in mixed.graph.layers}
+    assert ops == {"linear", "convolution", "matmul"} and len(found) == len(mixed.graph.layers) == 14
+    for layer in mixed.graph.layers:
+        u = found[layer.name]
+        pairs = itertools.product(range(len(BITS) + 1), repeat=2) if layer.has_weight else [(i, i) for i in range(1, len(BITS) + 1)]
+        for row, column in pairs:
+            if row == column == 0 or (layer.op == "convolution" and row != column and 0 not in (row, column)):
+                continue  # of a convolution, the product of both errors is computed for equal widths and taken for the others
+            widths = [None, *BITS]
+            expected = naive_u(mixed, layer, seen[layer.name], widths[row], widths[column])
+            size = float(expected.abs().max())
+            assert torch.allclose(u[:, row, column], expected, rtol=1e-3, atol=1e-3 * size + 1e-7), (layer.name, row, column)
+
+
+def test_pairs_apart_of_a_convolution_are_near(mixed: Case, seen: dict[str, Seen]):
+    found = traced_u(mixed)
+    for layer in mixed.graph.layers:
+        if layer.op == "convolution":
+            expected = naive_u(mixed, layer, seen[layer.name], 4, 8)
+            assert float((found[layer.name][:, 2, 3] - expected).norm()) < 0.1 * float(expected.norm())
+
+
+def test_costs_are_half_the_mean_square_of_u(mixed: Case):
+    table = output_fisher(mixed.graph, mixed.histograms, [(mixed.batch, None)], BITS, fixed_probe)
+    u = {name: 0.5 * value.double().square().mean(0).numpy() for name, value in traced_u(mixed).items()}
+    for layer in mixed.graph.layers:
+        expected = u[layer.name]
+        if np.all(np.diff(np.diagonal(expected)[1:]) <= 0):  # else the costs are made monotone
+            assert np.allclose(table.tied[layer.name], np.diagonal(expected)[1:], rtol=1e-4)
+        if not layer.has_weight:
+            assert table.activation[layer.name] == table.tied[layer.name]
+        elif np.all(np.diff(expected[1:, 0]) <= 0) and np.all(np.diff(expected[0, 1:]) <= 0):
+            both = np.add.outer(table.weight[layer.name], table.activation[layer.name]) + table.cross[layer.name]
+            assert np.allclose(both, expected[1:, 1:], rtol=1e-4, atol=1e-12)
+            assert np.allclose(table.weight[layer.name], expected[1:, 0], rtol=1e-4)
+
+
+def test_costs_do_not_depend_on_the_order_of_layers(mixed: Case):
+    batches = [(mixed.batch, None)]
+    swapped = Graph(mixed.graph.module, mixed.graph.input_shape, mixed.graph.layers[::-1], mixed.graph.nodes, mixed.graph.blocks)
+    a, b = (output_fisher(graph, mixed.histograms, batches, BITS, fixed_probe) for graph in (mixed.graph, swapped))
+    for layer in mixed.graph.layers:
+        assert np.allclose(a.tied[layer.name], b.tied[layer.name], rtol=1e-5)
+
+
+def exact_costs(case: Case, bits: int) -> dict[str, float]:
+    """1/2 mean_n sum_k p_k (derivative of log p_k along d)^2, with d the error of a layer at a tied width, mean and spread restored."""
+    costs = {}
+    p = run(case.graph.module, case.batch).softmax(1)
+    for layer in case.graph.layers:
+
+        def log_p(amount: Tensor, layer=layer) -> Tensor:
+            def shifted(compute, *arguments):
+                return compute(*arguments) + amount * error_of(case, layer, compute, arguments, bits, bits)
+
+            return run(case.graph.module, case.batch, {case.graph.nodes[layer.name]: shifted}).log_softmax(1)
+
+        _, slope = torch.func.jvp(log_p, (torch.zeros(()),), (torch.ones(()),))
+        costs[layer.name] = float(0.5 * (p * slope.square()).sum(1).mean())
+    return costs
+
+
+def test_costs_are_half_the_exact_sum_over_classes(mixed: Case, monkeypatch: pytest.MonkeyPatch):
+    signs = SignsOf(monkeypatch)
+
+    def every_pattern():
+        for pattern in itertools.product([-1.0, 1.0], repeat=4):
+            signs.signs = torch.tensor(pattern)
+            yield mixed.batch, None
+
+    table = output_fisher(mixed.graph, mixed.histograms, every_pattern(), (2, 4), fisher_probe)
+    for index, bits in enumerate((2, 4)):
+        for name, expected in exact_costs(mixed, bits).items():
+            assert table.tied[name][index] == pytest.approx(expected, rel=1e-3), name
+
+
+def test_random_signs_come_near_the_exact_costs():
+    graph = rewrite(captured("vit")[1])
+    x = images(16, 32, seed=4)
+    folded, found = fold(graph, [(x, None)])
+    expected = exact_costs(Case(folded, found, x), 4)
+    table = output_fisher(folded, found, [(x, None)] * 8, (4,), fisher_probe)
+    logarithms = np.log([[table.tied[name][0], cost] for name, cost in expected.items()])
+    assert abs(np.diff(logarithms).mean()) < 0.3
+    assert np.corrcoef(logarithms.T)[0, 1] > 0.97
+
+
+def check_table(table: CostTable, graph: Graph, bits: tuple[int, ...]) -> None:
+    assert table.unit == "nats" and table.bits == bits
+    assert set(table.tied) == set(table.activation) == {layer.name for layer in graph.layers}
+    assert set(table.weight) == set(table.cross) == {layer.name for layer in graph.layers if layer.has_weight}
+    for costs in (*table.tied.values(), *table.weight.values(), *table.activation.values()):
+        assert all(cost >= 0 and np.isfinite(cost) for cost in costs)
+        assert list(costs) == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize("family", ["swin", "cait", "levit"])
+def test_real_models_have_complete_falling_costs(family: str):
+    graph = rewrite(captured(family)[1])
+    batches = [(images(4, graph.input_shape[1:]), None)]
+    folded, found = fold(graph, batches)
+    check_table(output_fisher(folded, found, batches, (3, 8), fisher_probe), folded, (3, 8))
+
+
+def test_a_backbone_is_priced_by_its_relative_error():
+    graph = rewrite(captured("vit", num_classes=0)[1])
+    x = images(4, 32)
+    folded, found = fold(graph, [(x, None)])
+    table = output_fisher(folded, found, [(x, None)] * 12, (3,), error_probe)
+    check_table(table, folded, (3,))
+    name = "blocks.1.mlp.fc2"
+    layer = next(layer for layer in folded.layers if layer.name == name)
+    with torch.no_grad():
+        z = run(folded.module, x)
+
+        def quantized(compute, *arguments):
+            output = compute(*arguments)
+            error = compute(*quantized_operands(Case(folded, found, x), layer, 3, 3, arguments)) - output
+            return output + 0.1 * (error - error.mean((0, 1)))  # a tenth of the error: the loss is of second order
+
+        changed = run(folded.module, x, {folded.nodes[name]: quantized})
+    relative = (changed - z).flatten(1).square().sum(1) / z.flatten(1).square().sum(1)
+    assert table.tied[name][0] == pytest.approx(100 * 0.5 * float(relative.mean()), rel=0.4)
+
+
+def test_an_operand_without_error_costs_nothing():
+    """A weight whose values are codes already: only the activation is priced."""
+    graph = rewrite(captured_module(randomised(Tokens(NormThenLinear()))))
+    x = images(4, 8)
+    module = copy(graph)
+    layer = next(layer for layer in graph.layers if layer.name == "body.fc2")
+    weight = tensor_of(module, graph.layer_node(layer.name).args[1])
+    with torch.no_grad():
+        weight.copy_(quantize_weight(weight, torch.full((8,), 0.1), torch.full((8,), 1.0), 2).dequantize())
+        weight[:, :4] = torch.tensor([-0.1, 0.0, 0.1, 0.2])
+    exact = analyse(module, graph.input_shape)
+    table = output_fisher(exact, histograms(exact, [(x, None)]), [(x, None)], (2,), fixed_probe)
+    assert table.weight["body.fc2"][0] < 1e-9 * table.activation["body.fc2"][0]
+
+
+def test_tracing_leaves_the_graph_as_it_was(mixed: Case):
+    before = {name: tensor.clone() for name, tensor in mixed.graph.module.state_dict().items()}
+    for _ in trace(mixed.graph, mixed.batch, fixed_probe, torch.Generator()):
+        pass
+    assert all(torch.equal(before[name], tensor) for name, tensor in mixed.graph.module.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in mixed.graph.module.parameters())
