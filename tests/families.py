@@ -24,7 +24,8 @@ from vitq.export import export
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
 
-# name shown -> (timm model, arguments). Where the smallest variant is too large for a test, its depth or its image is reduced: the ops are the same.
+# name shown -> (timm model, arguments). Where the smallest variant is too large for a test, its depth or its image is reduced: the ops
+# are the same.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "aimv2": ("aimv2_large_patch14_224", {"depth": 2}),
     "beit": ("beit_base_patch16_224", {"depth": 3}),
@@ -127,8 +128,16 @@ class Row:
 
     def __str__(self) -> str:
         """The row in Markdown."""
-        outcome = self.fault or "yes"
-        return f"| {self.family} | {self.model} | {self.layers} | {self.blocks} | {self.kernels} / {self.candidates} | {self.float_layers} | {outcome} |"
+        cells = (
+            self.family,
+            self.model,
+            self.layers,
+            self.blocks,
+            f"{self.kernels} / {self.candidates}",
+            self.float_layers,
+            self.fault or "yes",
+        )
+        return "| " + " | ".join(map(str, cells)) + " |"
 
 
 HEADING = """| family | model | layers | blocks | integer kernels / candidates | float convolutions | passes |
@@ -169,9 +178,8 @@ def check(family: str) -> Row:
         with torch.no_grad():
             drift = float((graph.module(batches[0][0]) - model.module(batches[0][0])).norm() / model.module(batches[0][0]).norm())
         assert drift < 1e-4, f"the rewritten graph differs from the model by {drift:.1e}"
-        bits = tuple(
-            LayerBits(name=layer.name, type=layer.type, weight_bits=8 if layer.has_weight else None, activation_bits=8) for layer in graph.layers
-        )
+        eight = [(layer, 8 if layer.has_weight else None) for layer in graph.layers]
+        bits = tuple(LayerBits(name=layer.name, type=layer.type, weight_bits=width, activation_bits=8) for layer, width in eight)
         checkpoint = calibrate_fast(graph, BitPlan(model=spec, layers=bits), batches)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
