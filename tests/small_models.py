@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from vitq.graph import Graph, capture
 
+torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives, far more on a busy machine
+
 FAMILIES: dict[str, tuple[str, int, dict]] = {
     "vit": ("vit_tiny_patch16_224", 32, {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}),
     # 40 / 4 = 10 patches a side in windows of 4: padded to 12, shifted in every second block
