@@ -21,3 +21,13 @@ settings.load_profile("vitq")
 def demo_data() -> Path:
     """The folder of the example data: `vit_cifar10/` (float16), `calibration.tar` (512 images), `test.tar` (1,000 images)."""
     return Path(vitq.__file__).parent / "demo_data"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table of the timm families that were tested, in whichever process."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    rows = [value for report in reports if report.when == "call" for name, value in report.user_properties if name == "family"]
+    if rows:
+        from families import HEADING
+
+        terminalreporter.write_line("\n".join(["", HEADING, *sorted(rows)]))

@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "beit3": ("beit3_base_patch16_224", {"depth": 3}),
     "botnet": ("botnet26t_256", {}),
     "caformer": ("caformer_s18", {}),
-    "cait": ("cait_xxs24_224", {}),
+    "cait": ("cait_xxs24_224", {"depth": 4}),
     "clip": ("vit_base_patch32_clip_224", {"depth": 3}),
     "coat": ("coat_tiny", {}),
     "coat_lite": ("coat_lite_tiny", {}),
@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "davit": ("davit_tiny", {}),
     "deepseek_vit": ("deepseek_vit_412m", {"depth": 2, "img_size": 224}),
     "deit": ("deit_tiny_patch16_224", {}),
-    "deit (distilled)": ("deit_tiny_distilled_patch16_224", {}),
+    "deit (distilled)": ("deit_tiny_distilled_patch16_224", {"depth": 3}),
     "deit3": ("deit3_small_patch16_224", {"depth": 4}),
     "dinov2": ("vit_small_patch14_dinov2", {"img_size": 224, "depth": 4}),
     "dinov3": ("vit_small_patch16_dinov3", {"depth": 4}),
@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "efficientvim": ("efficientvim_m1", {}),
     "efficientvit (MIT)": ("efficientvit_b0", {}),
     "efficientvit (MSRA)": ("efficientvit_m0", {}),
-    "eva02": ("eva02_tiny_patch14_224", {}),
+    "eva02": ("eva02_tiny_patch14_224", {"depth": 3}),
     "fastvit": ("fastvit_sa12", {}),
     "flexivit": ("flexivit_small", {"depth": 4}),
     "focalnet": ("focalnet_tiny_srf", {}),
@@ -96,19 +96,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2_tiny_window8_256", {}),
     "swinv2_cr": ("swinv2_cr_tiny_224", {}),
     "tiny_vit": ("tiny_vit_5m_224", {}),
-    "tnt": ("tnt_s_legacy_patch16_224", {}),
+    "tnt": ("tnt_s_legacy_patch16_224", {"depth": 3}),
     "twins_pcpvt": ("twins_pcpvt_small", {}),
     "twins_svt": ("twins_svt_small", {}),
     "visformer": ("visformer_tiny", {}),
     "vit": ("vit_tiny_patch16_224", {}),
-    "vit (hybrid)": ("vit_tiny_r_s16_p8_224", {}),
+    "vit (hybrid)": ("vit_tiny_r_s16_p8_224", {"depth": 3}),
     "vit (parallel blocks)": ("vit_small_patch16_18x2_224", {"depth": 3}),
     "vit (headless)": ("vit_tiny_patch16_224", {"num_classes": 0, "depth": 3}),
     "vit_relpos": ("vit_relpos_small_patch16_224", {"depth": 4}),
     "vit_srelpos": ("vit_srelpos_small_patch16_224", {"depth": 4}),
     "vitamin": ("vitamin_small_224", {}),
     "volo": ("volo_d1_224", {}),
-    "xcit": ("xcit_nano_12_p16_224", {}),
+    "xcit": ("xcit_nano_12_p16_224", {"depth": 3}),
 }
 
 
@@ -168,6 +168,7 @@ def random_model(name: str, arguments: dict[str, Any]) -> LoadedModel:
 def check(family: str) -> Row:
     """Runs one family through the chain; a fault is returned in the row, not raised."""
     name, arguments = FAMILIES[family]
+    shown = name + "".join(f", {key} {value}" for key, value in arguments.items())
     started = time.perf_counter()
     try:
         model = random_model(name, arguments)
@@ -189,9 +190,9 @@ def check(family: str) -> Row:
                 (output,) = session.run(None, {session.get_inputs()[0].name: np.zeros((batch, *shape), np.float32)})
                 assert len(output) == batch and np.isfinite(output).all(), f"onnxruntime returns {output.shape} for a batch of {batch}"
     except (VitqError, AssertionError) as fault:
-        return Row(family, name, seconds=time.perf_counter() - started, fault=str(fault).splitlines()[0])
+        return Row(family, shown, seconds=time.perf_counter() - started, fault=str(fault).splitlines()[0])
     return Row(
-        family, name, len(graph.layers), report.integer_candidates, report.integer_kernels, report.float_by_choice, len(graph.blocks),
+        family, shown, len(graph.layers), report.integer_candidates, report.integer_kernels, report.float_by_choice, len(graph.blocks),
         time.perf_counter() - started,
     )  # fmt: skip
 

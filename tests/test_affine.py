@@ -138,6 +138,11 @@ def test_weights_are_symmetric_at_8_bits(weight: np.ndarray):
     assert torch.equal(quantized.integers(), -mirrored.integers())
 
 
+def test_shrunk_8_bit_weights_stay_symmetric():
+    quantized = quantize_weight(torch.tensor([[-9.0, -1.0, 0.0, 1.0, 9.0]]), torch.tensor([1 / 127]), torch.tensor([128.0]), 8)
+    assert quantized.integers().tolist() == [[-127, -127, 0, 127, 127]]
+
+
 def test_weight_axes_are_kept():
     weight = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
     rows = weight.flatten(1)

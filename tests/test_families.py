@@ -1,30 +1,18 @@
 """Every transformer family of timm goes through capture, 8 bits, export and onnxruntime; eight of them in the default run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import timm
-from families import FAMILIES, HEADING, Row, check
+from families import FAMILIES, check
 
 DEFAULT = ("vit", "deit (distilled)", "swin", "levit", "pvt_v2", "mobilevit", "xcit", "vit (headless)")
-ROWS: list[Row] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _table(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Prints the table of the families that ran, past pytest's capture."""
-    yield
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and ROWS:
-        reporter.write_line("\n" + HEADING)
-        for row in ROWS:
-            reporter.write_line(str(row))
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in FAMILIES])
-def test_family_passes(family: str) -> None:
+def test_family_passes(family: str, record_property: Callable[[str, object], None]) -> None:
     row = check(family)
-    ROWS.append(row)
+    record_property("family", str(row))  # tests/conftest.py prints the table
     assert not row.fault, row.fault
     assert row.layers > 0
     assert row.kernels >= 0.95 * row.candidates, f"{row.kernels} of {row.candidates} candidates became integer kernels"

@@ -241,6 +241,26 @@ def test_ops_that_write_are_replaced_where_nothing_else_sees_it():
     assert {"aten.relu.default", "aten.add.Tensor"} <= targets and not {"aten.relu_.default", "aten.add_.Tensor"} & targets
 
 
+def test_a_stretch_under_its_own_autocast_setting_is_part_of_the_graph():
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                a, b = self.first(x.float()).chunk(2, -1)
+            return self.second(torch.cat([b, a.relu()], -1))
+
+    model = randomised(Tokens(Body()))
+    graph = captured_module(model)
+    x = images(3, 8)
+    with torch.no_grad():
+        assert torch.equal(run(graph.module, x), model(x))
+    assert [layer.name for layer in graph.layers] == ["embed", "body.first", "body.second"]
+    assert {node.op for node in graph.module.graph.nodes} == {"placeholder", "get_attr", "call_function", "output"}
+
+
 def test_digests_are_equal_for_equal_structures_alone():
     first = captured_module(randomised(Tokens(ThreeProjections()), seed=0))
     second = captured_module(randomised(Tokens(ThreeProjections()), seed=1))

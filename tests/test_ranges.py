@@ -92,11 +92,11 @@ def test_a_constant_first_batch_is_no_dead_end(constant: float):
 
 
 def test_samples_do_not_fall_in_step_with_the_channels():
-    x = torch.zeros(12_000, 36)
+    x = torch.zeros(8_400, 36)  # three times as many values as are counted, and three divides the channels
     x[:, ::3] = 1.0  # a third of the channels
     histogram = _add(None, x)
     counts = histogram.counts / histogram.counts.sum()
-    assert float(histogram.counts.sum()) < x.numel() / 3
+    assert float(histogram.counts.sum()) < x.numel() / 3 + 1
     assert float(counts[-1]) == pytest.approx(1 / 3, abs=0.01)
 
 

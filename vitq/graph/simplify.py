@@ -62,10 +62,11 @@ def _inline_nested(module: GraphModule) -> None:
             continue
         (nested,) = graphs
         arguments = node.args[node.args.index(nested) + 1 :]
-        inner = module.get_submodule(str(nested.target)).graph
-        placeholders = [inside for inside in inner.nodes if inside.op == "placeholder"]
+        inner = module.get_submodule(str(nested.target))
+        assert isinstance(inner, GraphModule)
+        placeholders = [inside for inside in inner.graph.nodes if inside.op == "placeholder"]
         with module.graph.inserting_before(node):
-            results = module.graph.graph_copy(inner, dict(zip(placeholders, arguments, strict=True)))
+            results: Any = module.graph.graph_copy(inner.graph, dict(zip(placeholders, arguments, strict=True)))
         for user in list(node.users):
             if user.target is operator.getitem:
                 user.replace_all_uses_with(results[user.args[1]])
