@@ -1,6 +1,7 @@
 """The default metric against its definition: exact Fisher matrices, naively rerun layers, and the exact sum over classes."""
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,6 +20,13 @@ from vitq.ranges import Histogram, activation_qparams, fold, histograms, weight_
 from vitq.rewrites import rewrite
 
 BITS = (2, 4, 8)
+METRIC = sys.modules["vitq.importance.output_fisher"]  # the package shows the function of that name
+
+
+@pytest.fixture(autouse=True)
+def _nothing_negligible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs are compared exactly; what leaving out small products changes has a test of its own."""
+    monkeypatch.setattr(METRIC, "_NEGLIGIBLE", 0.0)
 
 
 class SignsOf:
@@ -370,3 +378,15 @@ def test_tracing_leaves_the_graph_as_it_was(mixed: Case):
         pass
     assert all(torch.equal(before[name], tensor) for name, tensor in mixed.graph.module.state_dict().items())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in mixed.graph.module.parameters())
+
+
+def test_negligible_products_change_costs_little(monkeypatch: pytest.MonkeyPatch):
+    graph = rewrite(captured("vit")[1])
+    batches = [(images(8, 32, seed=5), None)]
+    folded, found = fold(graph, batches)
+    exact = output_fisher(folded, found, batches, (2, 3, 4, 6, 8), fisher_probe)
+    monkeypatch.setattr(METRIC, "_NEGLIGIBLE", 0.02)
+    quick = output_fisher(folded, found, batches, (2, 3, 4, 6, 8), fisher_probe)
+    ratios = [b / a for name in exact.tied for a, b in zip(exact.tied[name], quick.tied[name], strict=True)]
+    assert min(ratios) > 0.8 and max(ratios) < 1.25
+    assert sum(exact.tied[name][0] == quick.tied[name][0] for name in exact.tied) == len(exact.tied)  # at 2 bits nothing is left out

@@ -31,7 +31,7 @@ class Latency:
     p90_ms: float
 
 
-def latencies(files: Sequence[Path], images: Tensor, rounds: int = 100, warmup: int = 10) -> list[Latency]:
+def latencies(files: Sequence[Path], images: Tensor, rounds: int = 100, warmup: int = 10, threads: int = 0) -> list[Latency]:
     """Times each file on the same images.
 
     Args:
@@ -39,11 +39,12 @@ def latencies(files: Sequence[Path], images: Tensor, rounds: int = 100, warmup: 
         images: (B, 3, H, W), float32.
         rounds: timed runs of each file.
         warmup: runs of each file before these.
+        threads: of each run; 0 for one a core.
 
     Raises:
         InputError: a file is missing, or onnxruntime cannot load it.
     """
-    sessions = [_session(file) for file in files]
+    sessions = [_session(file, threads) for file in files]
     feeds = [{session.get_inputs()[0].name: np.ascontiguousarray(images.numpy())} for session in sessions]
     milliseconds: list[list[float]] = [[] for _ in files]
     for turn in range(-warmup, rounds):
@@ -83,11 +84,12 @@ def export_float(graph: Graph, path: Path) -> None:
     write_whole(path, lambda temporary: exported.save(temporary, external_data=False))
 
 
-def _session(file: Path) -> onnxruntime.InferenceSession:
+def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
     if not file.is_file():
         raise InputError(f"{file} does not exist; `vitq export` writes it")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -35,7 +35,7 @@ from vitq.graph import run
 TIE, NOISE = 1e-3, 3e-5
 """Codes are not compared where x is within TIE steps, or within NOISE of the tensor's largest value, of a rounding boundary.
 
-Float ops differ by some 1e-6 of the range; by ten times that where a LayerNorm reads a stream that has grown large (CoAtNeXt, random weights).
+Float ops differ by some 1e-6 of the range, and by ten times that where a LayerNorm reads a stream that has grown large (CoAtNeXt).
 """
 MISMATCH = 1e-4
 """The fraction of a layer's codes that may differ beyond ties, by one step."""

@@ -10,9 +10,10 @@ errors that cancel in the output cost nothing, which a diagonal Fisher misses. N
 
     <g, dX W^T> = <g W, dX>        <g, X dW^T> = <g^T X, dW>        <g, dX dW^T> = <g^T dX, dW>
 
-so one image's weight gradient prices all widths of the weight, its input gradient all widths of the input, and one product a width all
-pairs. Calibration restores the mean and the spread of every channel (calibration/moments.py); so the mean of d is taken out, and d
-becomes gain y^ - y, with one gain for all channels of the layer, from a sample of its rows.
+so one image's weight gradient prices all widths of the weight, its input gradient all widths of the input, and one product a width
+(where the input's error is not negligible) all pairs. Calibration restores the mean and the spread of every channel
+(calibration/moments.py); so the mean of d is taken out, and d becomes gain y^ - y, with one gain for all channels of the layer, from a
+sample of its rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,10 @@ from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
 from vitq.ranges import Batches, Histogram, activation_qparams, weight_ranges
 
-_GAIN_ROWS = 256
+_NEGLIGIBLE = 0.02
+"""An input whose error has less than this share of its power (4 bits and more, mostly) adds nothing to a cost by its product with dW."""
+
+_GAIN_ROWS = 128
 """Rows (image times token) of a batch from which a gain is estimated: both spreads are of the same rows, so few are enough."""
 
 
@@ -102,8 +106,9 @@ def _linear_products(g: Tensor, x: Tensor, dx: list[Tensor], weight: Tensor, dw:
     d[:, 1:, 0] = (g.mT @ x).flatten(1) @ stacked.T
     for index, change in enumerate(dx, start=1):
         d[:, 0, index] = (input_gradient * change).flatten(1).sum(1)
-        cross = (g.mT @ change).flatten(1) @ stacked.T  # (images, widths)
-        d[:, 1:, index] = d[:, 1:, 0] + d[:, 0, index, None] + cross
+        d[:, 1:, index] = d[:, 1:, 0] + d[:, 0, index, None]
+        if change.square().sum() > _NEGLIGIBLE * x.square().sum():
+            d[:, 1:, index] += (g.mT @ change).flatten(1) @ stacked.T  # <g, dX dW^T>, (images, widths)
     gain = _gains(x, dx, weight, dw)
     return gain * d + (gain - 1) * y[:, None, None]
 
