@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import pytest
+
+from vitq.allocation import sizes
 from vitq.artifacts import CostTable, Layer, ModelSpec, Operand, Profile
 
 Assignment = dict[str, tuple[int | None, int]]
@@ -207,3 +210,15 @@ def sharing(layers: Sequence[Layer], start: Layer) -> set[str]:
         if grown == joined:
             return joined
         joined = grown
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_sizes() -> Iterator[None]:
+    """Sizes by a rule that is easy to work out by hand; the measured constants have tests of their own (test_size.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "NODE_BYTES", dict.fromkeys(sizes.NODE_BYTES, 700))
+        patch.setattr(sizes, "UNPACK_BYTES", dict.fromkeys(sizes.UNPACK_BYTES, 0))
+        patch.setattr(sizes, "NAME_BYTES", 0)
+        patch.setattr(sizes, "CLIP_BYTES", 0)
+        patch.setattr(sizes, "_container", lambda parameters, bits: bits)
+        yield

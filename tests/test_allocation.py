@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from allocation_problems import deit, make_layer, make_profile, make_table
+from allocation_problems import deit, make_layer, make_profile, make_table, plain_sizes
 
 from vitq.allocation import Allocation, allocate
 from vitq.allocation.budgets import BUDGETS, parse_budget
@@ -15,6 +15,7 @@ from vitq.allocation.sizes import stored_bytes
 from vitq.artifacts import CostTable, Profile
 from vitq.errors import BudgetError, InputError, UsageError
 
+__all__ = ["plain_sizes"]  # a fixture for every test here
 BITS = (2, 3, 4, 6, 8)
 LAYERS = (
     make_layer("embed", "patch_embed", 100, 1000, ["image"], channels=10),

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from allocation_problems import Problem, deit, make_layer, make_profile, make_table
+from allocation_problems import Problem, deit, make_layer, make_profile, make_table, plain_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,8 @@ from vitq.allocation.choices import Choice, ChoiceTree
 from vitq.allocation.solver import Row, solve
 from vitq.artifacts import Profile, dump
 from vitq.errors import BudgetError
+
+__all__ = ["plain_sizes"]  # a fixture for every test here
 
 
 @st.composite

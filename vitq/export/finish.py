@@ -27,6 +27,7 @@ FORMAT = "vitq-onnx/1"
 
 def finish_file(model: ir.Model, layers: Iterable[LoweredLayer], checkpoint: Checkpoint) -> onnx.ModelProto:
     """The ONNX model to write, checked by onnx; the values of `layers` carry their final names afterwards."""
+    model.graph.sort()  # torch's exporter puts constants where it needs them, not always before
     passes.RemoveUnusedNodesPass()(model)
     passes.DeduplicateHashedInitializersPass(size_limit=2**31)(model)
     passes.ClearMetadataAndDocStringPass()(model)
