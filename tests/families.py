@@ -65,7 +65,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_vit": ("gemma4_vit_167m", {"depth": 2, "img_size": 192}),
     "halonet": ("halonet26t", {}),
     "hiera": ("hiera_tiny_224", {}),
-    "hieradet (SAM 2)": ("sam2_hiera_tiny", {"img_size": 224}),
+    "hieradet (SAM 2)": ("hieradet_small", {}),
     "iformer": ("iformer_t", {}),
     "lambda_resnet": ("lambda_resnet26t", {}),
     "lamhalobotnet": ("lamhalobotnet50ts_256", {}),

@@ -64,7 +64,19 @@ def trace_graph(graph: Graph) -> ir.Model:
     assert onnx_program is not None
     model = onnx_program.model
     model.graph.inputs[0].shape = ir.Shape(["batch", *graph.input_shape])
+    _own_constants(model)
     return model
+
+
+def _own_constants(model: ir.Model) -> None:
+    """Registers constants that nodes use but the graph does not hold: onnxscript leaves such bounds where it makes a Clip of Min, Max."""
+    for node in model.graph:
+        for value in node.inputs:
+            loose = value is not None and value.producer() is None and not value.is_graph_input() and value.const_value is not None
+            if loose and value is not None and model.graph.initializers.get(str(value.name)) is not value:
+                if value.name in model.graph.initializers:
+                    value.name = f"{value.name}_{node.name}"
+                model.graph.register_initializer(value)
 
 
 def _replace(node: Node, layer: str) -> None:
