@@ -1,6 +1,6 @@
 """What `profile` costs: forward passes over its images, and peak memory as the images grow in number.
 
-    python examples/profile_cost.py MODEL IMAGES [--images-at 128 1024]
+    python examples/profile_cost.py MODEL IMAGES [--passes-at 128 256] [--images-at 128 1024]
 
 The first table counts in two ways how many forward passes over the same images one profile at seven widths is worth: by arithmetic
 (floating-point operations of matmuls and convolutions, which no busy machine disturbs) and by time (the median of interleaved runs).
@@ -20,9 +20,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitq.artifacts import WIDTHS
-from vitq.gradients import fisher_probe
 from vitq.images import open_images
-from vitq.importance import output_fisher, profile
+from vitq.importance import METRICS, Subject, profile
 from vitq.models import load
 from vitq.ranges import fold
 from vitq.rewrites import prepare
@@ -30,7 +29,7 @@ from vitq.rewrites import prepare
 BATCH = 32
 
 
-def passes(model_source: str, image_source: str, num_images: int = 128, repeats: int = 2) -> dict[str, float]:
+def passes(model_source: str, image_source: str, num_images: int, repeats: int = 3) -> dict[str, float]:
     """The cost of one profile in forward passes, by arithmetic and by time."""
     model = load(model_source)
     images = open_images(image_source, model.data_config, num_images, batch_size=BATCH, class_names=model.label_names)
@@ -53,7 +52,8 @@ def passes(model_source: str, image_source: str, num_images: int = 128, repeats:
 
     # Capture traces the model once with a symbolic batch, which a counter cannot add; what is counted is what runs on images.
     folded, histograms = fold(graph, images)
-    found = flops(lambda: fold(graph, images)) + flops(lambda: output_fisher(folded, histograms, images, WIDTHS, fisher_probe))
+    subject = Subject(folded, histograms, images, WIDTHS, model.num_classes)
+    found = flops(lambda: fold(graph, images)) + flops(lambda: METRICS["output-fisher"](subject))
     by_arithmetic = found / flops(forward)
     times = [(seconds(lambda: profile(model, images)), seconds(forward)) for _ in range(repeats)]
     return {"by_arithmetic": by_arithmetic, "by_time": statistics.median(a / b for a, b in times)}
@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("images")
+    parser.add_argument("--passes-at", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--images-at", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -78,7 +79,8 @@ def main() -> None:
         profile(model, open_images(arguments.images, model.data_config, arguments.peak_of, batch_size=BATCH))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
         return
-    print(json.dumps({"forward_passes": passes(arguments.model, arguments.images)}))
+    for count in arguments.passes_at:
+        print(json.dumps({"num_images": count, "forward_passes": passes(arguments.model, arguments.images, count)}), flush=True)
     for count in arguments.images_at:
         print(json.dumps({"num_images": count, "peak_megabytes": round(peak_megabytes(arguments.model, arguments.images, count))}))
 

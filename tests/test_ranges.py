@@ -14,7 +14,7 @@ from torch import Tensor
 from vitq.affine import QParams, choose_qparams, highest_code, quantize_dequantize, quantize_weight, weight_qparams
 from vitq.errors import InputError
 from vitq.graph import values_at
-from vitq.ranges import BINS, Histogram, _add, activation_qparams, channel_ranges, fold, histograms, weight_ranges
+from vitq.ranges import BINS, Histogram, _add, activation_qparams, channel_ranges, fold, histograms, relative_error, weight_ranges
 from vitq.rewrites import foldable_norms, rewrite
 
 WIDTHS = range(2, 9)
@@ -45,6 +45,12 @@ def histogram_of(x: Tensor, batches: int = 5) -> Histogram:
     return histogram
 
 
+def centers(histogram: Histogram) -> Tensor:
+    """The middle of each bin."""
+    edges = torch.linspace(histogram.low, histogram.high, BINS + 1, dtype=torch.float64)
+    return (edges[1:] + edges[:-1]) / 2
+
+
 def squared_error(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, bits: int) -> float:
     return float((quantize_dequantize(x, scale, zero_point, bits) - x).double().square().sum())
 
@@ -68,8 +74,8 @@ def test_histograms_count_what_numpy_counts(batches: list[tuple[float, float, in
     below, above = ((np.sort(x)[:, None] < edges[None, 1:] + sign * slack).sum(0) for sign in (-1, 1))
     cumulated = histogram.counts.cumsum(0).numpy()
     assert np.all(below <= cumulated) and np.all(cumulated[:-1] <= above[:-1])
-    assert len(expected) == len(histogram.centers())
-    assert np.allclose(histogram.centers().numpy(), (edges[1:] + edges[:-1]) / 2, rtol=1e-5, atol=slack)
+    assert len(expected) == len(centers(histogram))
+    assert np.allclose(centers(histogram).numpy(), (edges[1:] + edges[:-1]) / 2, rtol=1e-5, atol=slack)
 
 
 def test_a_range_grows_by_doubling_and_merges_neighbours():
@@ -77,7 +83,7 @@ def test_a_range_grows_by_doubling_and_merges_neighbours():
     assert (first.low, first.high) == (0.0, 1.0)
     second = _add(first, torch.tensor([-0.5, 2.9]))
     assert (second.low, second.high) == (-1.0, 3.0)
-    counted = {float(second.centers()[index]): int(second.counts[index]) for index in second.counts.nonzero().flatten()}
+    counted = {float(centers(second)[index]): int(second.counts[index]) for index in second.counts.nonzero().flatten()}
     assert sum(counted.values()) == 5
     for value in (0.0, 1.0, 0.5, -0.5, 2.9):
         assert min(abs(center - value) for center in counted) <= 4 / BINS
@@ -194,6 +200,17 @@ def batches_of(x: Tensor, size: int = 4) -> list[tuple[Tensor, None]]:
     return [(part, None) for part in x.split(size)]
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_relative_error_is_that_of_the_bins_quantized_one_by_one(name: str, bits: int):
+    histogram = histogram_of(SAMPLES[name])
+    qparams = activation_qparams(histogram, bits)
+    middles = centers(histogram)
+    moved = quantize_dequantize(middles, qparams.scale, qparams.zero_point, bits)
+    error, power = ((histogram.counts * part.square()).sum() for part in (moved - middles, middles))
+    assert relative_error(histogram, qparams) == pytest.approx(float(error / power), rel=1e-6)
+
+
 def test_histograms_of_a_graph_hold_what_its_layers_read():
     graph = rewrite(captured("vit")[1])
     x = images(6, 32)
@@ -204,7 +221,7 @@ def test_histograms_of_a_graph_hold_what_its_layers_read():
     for name, histogram in found.items():
         assert float(histogram.counts.sum()) == values[name].numel()
         assert histogram.low <= float(values[name].min()) + 1e-4 and float(values[name].max()) - 1e-4 <= histogram.high
-        middle = float((histogram.counts * histogram.centers()).sum() / histogram.counts.sum())
+        middle = float((histogram.counts * centers(histogram)).sum() / histogram.counts.sum())
         assert middle == pytest.approx(float(values[name].mean()), abs=(histogram.high - histogram.low) / BINS)
 
 

@@ -73,9 +73,11 @@ def quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, bits:
     return (x / scale).round_().add_(zero_point).clamp_(0, highest_code(bits))  # in place: memory traffic is the cost
 
 
-def quantize_dequantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, bits: int) -> Tensor:
-    """`x` moved to the nearest value that has a code: fake quantization, of x's shape and dtype."""
-    return quantize(x, scale, zero_point, bits).sub_(zero_point).mul_(scale)
+def quantize_dequantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, bits: int, out: Tensor | None = None) -> Tensor:
+    """`x` moved to the nearest value that has a code: fake quantization, of x's shape and dtype; into `out` where given."""
+    steps = torch.div(x, scale, out=out).round_()
+    steps.clamp_(-zero_point, highest_code(bits) - zero_point)  # type: ignore[arg-type]  # codes less their zero point
+    return steps.mul_(scale)
 
 
 def weight_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +97,12 @@ def weight_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor
 def quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> QuantizedWeight:
     """The codes of a weight (O, ...) under per-channel scale and zero point, each (O,)."""
     codes = quantize(weight, _per_channel(scale, weight), _per_channel(zero_point, weight), bits)
-    lowest = 1.0 if bits == 8 else 0.0
-    return QuantizedWeight(codes.clamp(min=lowest).to(torch.uint8), scale, zero_point.to(torch.uint8), bits)
+    return QuantizedWeight(codes.clamp_(min=lowest_weight_code(bits)).to(torch.uint8), scale, zero_point.to(torch.uint8), bits)
+
+
+def lowest_weight_code(bits: int) -> int:
+    """The smallest code of a weight: 1 at 8 bits, so that the integers are -127..127, else 0."""
+    return 1 if bits == 8 else 0
 
 
 _SMALLEST_SCALE = 1e-20  # below it, float32 division by the scale overflows

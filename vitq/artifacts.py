@@ -74,13 +74,22 @@ class Layer(Value):
         return self.operands[:1] if self.has_weight else self.operands
 
 
+class PairCost(Value):
+    """What two layers cost together beyond the sum of both, with tied widths: a row a width of `first`, a column a width of `second`."""
+
+    first: str
+    second: str
+    costs: tuple[tuple[float, ...], ...]
+
+
 class CostTable(Value):
     """What a metric tells the allocator: the predicted increase of the loss, per layer and width.
 
     Each entry lists one cost a width of `bits`, in that order, and never increases with the width. `tied` prices a layer whose
     operands all have the width; `weight` and `activation` price its weight or its inputs alone; `cross`, where given, is what a
     (weight width, activation width) pair costs beyond the two, a row a weight width. `unit` is "nats" (per image: promises to
-    predict the KL divergence), "accuracy" (points) or "relative" (only ranks).
+    predict the KL divergence), "accuracy" (points) or "relative" (only ranks). `importance`, of a metric that has one number a layer, is
+    that number; its costs are then made of it and the width. `pairs` are terms between layers, for the objective `pairwise`.
     """
 
     unit: Literal["nats", "accuracy", "relative"]
@@ -89,6 +98,8 @@ class CostTable(Value):
     weight: dict[str, tuple[float, ...]]
     activation: dict[str, tuple[float, ...]]
     cross: dict[str, tuple[tuple[float, ...], ...]] = {}
+    importance: dict[str, float] = {}
+    pairs: tuple[PairCost, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> "CostTable":
@@ -101,6 +112,9 @@ class CostTable(Value):
         for layer, rows in self.cross.items():
             if [len(row) for row in rows] != [len(self.bits)] * len(self.bits):
                 raise ValueError(f"cross costs of layer {layer}: they are no table of {len(self.bits)} x {len(self.bits)} widths")
+        for pair in self.pairs:
+            if [len(row) for row in pair.costs] != [len(self.bits)] * len(self.bits):
+                raise ValueError(f"pair {pair.first}, {pair.second}: no table of {len(self.bits)} x {len(self.bits)} widths")
         return self
 
 
@@ -147,6 +161,10 @@ class Profile(Value):
                 raise ValueError(
                     f"metric {metric}: cross costs of what is no layer with a weight: {sorted(set(table.cross) - weighted)[:3]}"
                 )
+            if table.importance and set(table.importance) != set(names):
+                raise ValueError(f"metric {metric}: the importance does not cover the layers")
+            if unknown := {name for pair in table.pairs for name in (pair.first, pair.second)} - set(names):
+                raise ValueError(f"metric {metric}: a pair names what is no layer: {sorted(unknown)[:3]}")
         return self
 
 

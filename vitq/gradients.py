@@ -12,12 +12,14 @@ to which every class contributes, where one sampled label would leave most image
 Other networks: the loss is half the squared relative error of the output, H = I / |z|^2 and v = e / |z|.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import register_multi_grad_hook
 
 from vitq.artifacts import Layer
 from vitq.graph import Graph, run
@@ -48,47 +50,53 @@ def probe_for(num_classes: int) -> Probe:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one layer saw for a batch: its operands as it read them, and the probe's gradient at its output.
+    """What one layer saw for a batch: its operands as it read them, and the probe's gradients at its output and at its inputs.
 
-    `inputs` holds the activations (one, or a matmul's two), `gradient` the output's gradient, images first where the layer keeps
-    them first. `groups` is how many leading rows an image has (windows), so that rows // groups counts images.
+    `inputs` holds the activations (one, or a matmul's two) and `input_gradients` what changing them is worth through this layer alone;
+    `gradient` is the output's. All have the images first where the layer keeps them first (windows: rows // images rows an image).
+    `weight` is None for a matmul; `compute(x, weight)`, or `compute(a, b)`, is the layer's op without its bias.
     """
 
     layer: Layer
     inputs: tuple[Tensor, ...]
+    input_gradients: tuple[Tensor, ...]
     gradient: Tensor
     compute: Callable[..., Tensor]
     weight: Tensor | None
 
 
-def trace(graph: Graph, images: Tensor, probe: Probe, generator: torch.Generator) -> Iterator[LayerTrace]:
-    """One forward and one backward pass over images (B, 3, H, W); yields every layer's trace, last layer first, freeing as it goes."""
-    seen: dict[str, tuple[tuple[Tensor, ...], Tensor, Callable[..., Tensor], Tensor | None]] = {}
+def trace(graph: Graph, images: Tensor, probe: Probe, generator: torch.Generator, visit: Callable[[LayerTrace], None]) -> None:
+    """One forward and one backward pass over images (B, 3, H, W), which hands every layer's trace to `visit`, last layer first.
+
+    A layer is visited as soon as its gradients are there and forgotten afterwards. One that no gradient reaches is not visited.
+    """
+    waiting: dict[str, tuple[Tensor, list[Tensor], Callable[..., Tensor], Tensor | None]] = {}
+
+    def arrive(layer: Layer, gradients: Sequence[Tensor | None]) -> None:
+        output, inputs, compute, weight = waiting.pop(layer.name)  # the hook itself holds no tensor: a cycle would outlive the pass
+        gradient, *input_gradients = (
+            torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(gradients, (output, *inputs), strict=True)
+        )
+        visit(LayerTrace(layer, tuple(x.detach() for x in inputs), tuple(input_gradients), gradient, compute, weight))
 
     def watch(layer: Layer) -> Intercept:
+        count = len(layer.activations)
+
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            output = compute(*arguments)
-            if not output.requires_grad:
-                output.requires_grad_()
-            count = len(layer.activations)
-            rest = arguments[count:]
-            bound = _without_bias(compute, rest) if layer.has_weight else compute
-            weight = arguments[1] if layer.has_weight else None
-            seen[layer.name] = (tuple(argument.detach() for argument in arguments[:count]), output, bound, weight)
+            # An alias of each input: its gradient is that of this reader alone.
+            inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in arguments[:count]]
+            output = compute(*inputs, *arguments[count:])
+            linear = _without_bias(compute, arguments[count:]) if layer.has_weight else compute
+            waiting[layer.name] = output, inputs, linear, arguments[1] if layer.has_weight else None
+            register_multi_grad_hook((output, *inputs), partial(arrive, layer))
             return output
 
         return intercept
 
-    intercepts: Mapping[str, Intercept] = {graph.nodes[layer.name]: watch(layer) for layer in graph.layers}
     with torch.enable_grad():
-        output = run(graph.module, images, intercepts)
-        names = [layer.name for layer in graph.layers if layer.name in seen]
-        gradients = torch.autograd.grad(probe(output, generator).sum(), [seen[name][1] for name in names], allow_unused=True)
-    by_name = dict(zip(names, gradients, strict=True))
-    for layer in reversed(graph.layers):
-        inputs, value, compute, weight = seen.pop(layer.name)
-        gradient = by_name.pop(layer.name)
-        yield LayerTrace(layer, inputs, torch.zeros_like(value) if gradient is None else gradient, compute, weight)
+        output = run(graph.module, images, {graph.nodes[layer.name]: watch(layer) for layer in graph.layers})
+        probe(output, generator).sum().backward()
+    waiting.clear()
 
 
 def _without_bias(compute: Callable[..., Tensor], rest: tuple[Any, ...]) -> Callable[..., Tensor]:

@@ -8,12 +8,13 @@ with the least squared error, found on the histogram by a coarse grid of (low, h
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitq.affine import QParams, choose_qparams, quantize_dequantize, quantize_weight, weight_qparams
+from vitq.affine import QParams, choose_qparams, highest_code, lowest_weight_code, weight_qparams
 from vitq.artifacts import Layer
 from vitq.errors import InputError
 from vitq.graph import Graph, run
@@ -27,6 +28,8 @@ BINS = 2048
 _SAMPLES = 100_000  # values of one tensor that a batch adds, evenly spread; the extremes are always exact
 _SHRINKS = 16  # grid points a side in the coarse stage
 _FINE = 7  # grid points a side in the fine stage
+_WEIGHT_SHRINKS = 24  # ranges that are tried for a weight's channel
+_CACHED = 400_000  # numbers that a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,17 @@ class Histogram:
     high: float
     counts: Tensor
 
-    def centers(self) -> Tensor:
-        """The middle of each bin, float32."""
-        width = (self.high - self.low) / self.counts.numel()
-        return (self.low + width * (torch.arange(self.counts.numel(), dtype=torch.float64) + 0.5)).to(torch.float32)
+    @property
+    def width(self) -> float:
+        """The width of a bin."""
+        return (self.high - self.low) / self.counts.numel()
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Counts, values and squares of all bins below each edge, a value taken as its bin's middle: float64 (3, 1 + bins)."""
+        centers = self.low + self.width * (torch.arange(self.counts.numel(), dtype=torch.float64) + 0.5)
+        powers = torch.stack([self.counts, self.counts * centers, self.counts * centers.square()])
+        return torch.nn.functional.pad(powers.cumsum(1), (1, 0))
 
 
 def fold(graph: Graph, batches: Batches) -> tuple[Graph, dict[str, Histogram]]:
@@ -107,37 +117,59 @@ def histograms(graph: Graph, batches: Batches) -> dict[str, Histogram]:
 def activation_qparams(histogram: Histogram, bits: int) -> QParams:
     """Scale and zero point with the least squared error over the histogram, among ranges inside [low, high] that hold 0."""
     occupied = histogram.counts.nonzero().flatten()
-    values, weights = histogram.centers()[occupied], histogram.counts[occupied].to(torch.float32)
-    width = (histogram.high - histogram.low) / histogram.counts.numel()
-    low = min(histogram.low + width * int(occupied[0]), 0.0)
-    high = max(histogram.low + width * (int(occupied[-1]) + 1), 0.0)
+    low = min(histogram.low + histogram.width * int(occupied[0]), 0.0)
+    high = max(histogram.low + histogram.width * (int(occupied[-1]) + 1), 0.0)
     if high - low <= 0:
         return QParams(1.0, 0, bits)
 
     def error(lows: Tensor, highs: Tensor) -> Tensor:
-        scale, zero_point = choose_qparams(lows, highs, bits)
-        moved = quantize_dequantize(values, scale[:, None], zero_point[:, None], bits)
-        return ((moved - values).square() * weights).sum(1)
+        return _squared_error(histogram, *choose_qparams(lows, highs, bits), bits)
 
     best_low, best_high = _search(low, high, error)
     scale, zero_point = choose_qparams(torch.tensor(best_low), torch.tensor(best_high), bits)
     return QParams(float(scale), int(zero_point), bits)
 
 
+def relative_error(histogram: Histogram, qparams: QParams) -> float:
+    """The power of the quantization error over that of the tensor itself, from its histogram."""
+    scale, zero_point = torch.tensor([qparams.scale]), torch.tensor([float(qparams.zero_point)])
+    return float(_squared_error(histogram, scale, zero_point, qparams.bits) / histogram.sums[2, -1].clamp(min=1e-30))
+
+
 def weight_ranges(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point (O,) of a weight (O, ...), each channel's range shrunk to its least squared error."""
     rows = weight.reshape(weight.shape[0], -1)
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-    best = torch.full_like(low, float("inf"))
-    best_scale, best_zero_point = weight_qparams(low, high, bits)
-    smallest = {2: 0.3, 3: 0.4, 4: 0.5}.get(bits, 0.7)
-    for shrink in torch.linspace(1.0, smallest, 24):
-        scale, zero_point = weight_qparams(low * shrink, high * shrink, bits)
-        error = (quantize_weight(rows, scale, zero_point, bits).dequantize() - rows).square().sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero_point = torch.where(better, scale, best_scale), torch.where(better, zero_point, best_zero_point)
-    return best_scale, best_zero_point
+    shrinks = torch.linspace(1.0, {2: 0.3, 3: 0.4, 4: 0.5}.get(bits, 0.7), _WEIGHT_SHRINKS, device=weight.device)
+    scales, zero_points = weight_qparams(low[:, None] * shrinks, high[:, None] * shrinks, bits)
+    some = max(1, _CACHED // (_WEIGHT_SHRINKS * rows.shape[1]))  # channels at a time, so that all their candidates stay in the cache
+    chunks = zip(rows.split(some), scales.split(some), zero_points.split(some), strict=True)
+    best = torch.cat([_row_errors(*chunk, bits).argmin(1, keepdim=True) for chunk in chunks])
+    return scales.gather(1, best)[:, 0], zero_points.gather(1, best)[:, 0]
+
+
+def _row_errors(rows: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Tensor:
+    """The squared error of each row (O, I) under each of its candidates, scales and zero points (O, candidates)."""
+    scale, zero_point = scales[:, :, None], zero_points[:, :, None]
+    codes = (rows[:, None] / scale).round_().add_(zero_point).clamp_(lowest_weight_code(bits), highest_code(bits))
+    error = codes.sub_(zero_point).mul_(scale).sub_(rows[:, None])
+    return torch.linalg.vecdot(error, error)
+
+
+def _squared_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The sum of squared errors of all values, each taken as its bin's middle, for candidates (C,), float64 (C,).
+
+    A level takes the bins whose middle lies nearest to it: its error is three differences of sums, whatever the number of bins.
+    """
+    scale, zero_point = scale.double()[:, None], zero_point.double()[:, None]
+    codes = torch.arange(highest_code(bits) + 1) - zero_point  # (C, codes)
+    first, bins = histogram.low + histogram.width / 2, histogram.counts.numel()
+    ends = codes.new_zeros(len(codes), codes.shape[1] + 1, dtype=torch.int64)  # where each level's bins begin, and the last one's end
+    ends[:, 1:-1] = (((codes[:, 1:] - 0.5) * scale - first) / histogram.width).ceil_().clamp_(0, bins)
+    ends[:, -1] = bins
+    count, total, squares = histogram.sums[:, ends].diff(dim=2)
+    levels = codes * scale
+    return (squares + levels * (levels * count - 2 * total)).sum(1)
 
 
 def _search(low: float, high: float, error: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:

@@ -3,20 +3,21 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from vitq.artifacts import WIDTHS, CostTable, Profile
 from vitq.errors import UsageError
-from vitq.gradients import probe_for
 from vitq.graph import Graph
 from vitq.images import Images
 from vitq.importance.output_fisher import output_fisher
+from vitq.importance.subject import MetricOptions, Subject
 from vitq.models import LoadedModel
 from vitq.ranges import fold
 from vitq.rewrites import prepare
 
-__all__ = ["METRICS", "profile"]
+__all__ = ["METRICS", "MetricOptions", "Subject", "profile"]
 
-METRICS: dict[str, Callable[..., CostTable]] = {"output-fisher": output_fisher}
+METRICS: dict[str, Callable[[Subject], CostTable]] = {"output-fisher": output_fisher}
 
 
 def profile(
@@ -26,6 +27,8 @@ def profile(
     bits: Sequence[int] = WIDTHS,
     seed: int = 0,
     device: str = "cpu",
+    options: MetricOptions | None = None,
+    journal: Path | None = None,
 ) -> Profile:
     """Prices every layer of a model at every width.
 
@@ -36,6 +39,8 @@ def profile(
         bits: the widths to price, 2 to 8.
         seed: of whatever a metric draws at random.
         device: where to compute.
+        options: choices of single metrics.
+        journal: where a metric that takes long keeps its results as they come; a second run goes on from there.
 
     Raises:
         UsageError: an unknown metric or width.
@@ -48,8 +53,8 @@ def profile(
         raise UsageError(f"bits {','.join(map(str, bits)) or 'none'} cannot be priced; give widths from 2 to 8, such as 2,3,4,8")
     graph, spec = prepare(model, device)
     folded, histograms = fold(graph, images)
-    probe = probe_for(spec.num_classes)
-    costs = {name: METRICS[name](folded, histograms, images, widths, probe, seed) for name in metrics}
+    subject = Subject(folded, histograms, images, tuple(widths), spec.num_classes, seed, options or MetricOptions(), journal)
+    costs = {name: METRICS[name](subject) for name in metrics}
     return Profile(
         model=spec,
         layers=folded.layers,

@@ -6,17 +6,20 @@ the layer's operands are quantized as `calibrate` would quantize them,
     u_{n,l,b} = sum_i g_{n,l,i} d_{n,l,b,i}            cost(l, b) = 1/2 mean_n u_{n,l,b}^2            [nats per image]
 
 which is the second-order expansion of KL(float || quantized). The product runs over the image's whole output before it is squared:
-errors that cancel in the output cost nothing, which a diagonal Fisher misses. No op is run again: with d = X dW^T + dX W^T + dX dW^T,
+errors that cancel in the output cost nothing, which a diagonal Fisher misses. No op is run again: with X^ = X + dX, W^ = W + dW,
 
-    <g, dX W^T> = <g W, dX>        <g, X dW^T> = <g^T X, dW>        <g, dX dW^T> = <g^T dX, dW>
+    <g, X^ W^^T - X W^T> = <g W, X^> - <g W, X> + <g^T X^, dW>
 
-so one image's weight gradient prices all widths of the weight, its input gradient all widths of the input, and one product a width
-(where the input's error is not negligible) all pairs. Calibration restores the mean and the spread of every channel
-(calibration/moments.py); so the mean of d is taken out, and d becomes gain y^ - y, with one gain for all channels of the layer, from a
-sample of its rows.
+so one image's input gradient, which the backward pass has anyway, prices all widths of the input, its weight gradient all widths of the
+weight, and one product a width (where the input's error is not negligible) all pairs.
+
+Calibration restores the mean and the spread of every channel (calibration/moments.py). So the mean over the batch is taken out of X and
+X^, and with y the layer's output, y^ the quantized one and one gain for all its channels, d = gain y^ - y: u is linear in the gain, so
+that its second moments are summed first and the gain is put in at the end.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,141 +28,207 @@ from torch import Tensor
 
 from vitq.affine import QParams, quantize_dequantize, quantize_weight
 from vitq.artifacts import WIDTHS, Bits, CostTable, Layer
-from vitq.gradients import LayerTrace, Probe, trace
+from vitq.gradients import LayerTrace, trace
 from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
-from vitq.ranges import Batches, Histogram, activation_qparams, weight_ranges
+from vitq.importance.subject import Subject
+from vitq.ranges import activation_qparams, relative_error, weight_ranges
 
-_NEGLIGIBLE = 0.02
-"""An input whose error has less than this share of its power (4 bits and more, mostly) adds nothing to a cost by its product with dW."""
+_NEGLIGIBLE = 0.05
+"""An input whose error has less than this share of its power (4 bits and more, mostly) adds nothing to a cost by its product with
+another operand's error."""
 
-_GAIN_ROWS = 128
-"""Rows (image times token) of a batch from which a gain is estimated: both spreads are of the same rows, so few are enough."""
+_IMAGES_AT_ONCE = 8  # whose weight gradients are held together
+
+_TOKENS_APART = 0.618  # rows that the gains are taken from: one after this part of an image, so that they fall on all of its tokens
+_FEWEST_ROWS = 64  # of a batch, where it has them
 
 
-def output_fisher(
-    graph: Graph, histograms: Mapping[str, Histogram], batches: Batches, bits: Sequence[int], probe: Probe, seed: int = 0
-) -> CostTable:
+def output_fisher(subject: Subject) -> CostTable:
     """Prices every layer at every width.
-
-    Args:
-        graph: the folded graph (`ranges.fold`), whose layers and values are those that calibration starts from.
-        histograms: of every activation, by `Operand.tensor`.
-        batches: the images; gone through once.
-        bits: the widths, ascending.
-        probe: the loss's probe.
-        seed: of the probe's signs.
 
     Returns:
         Costs in nats per image (for backbones: half the squared relative error), never increasing with the width.
     """
-    generator = torch.Generator().manual_seed(seed)
-    qparams = {tensor: [activation_qparams(histogram, width) for width in bits] for tensor, histogram in histograms.items()}
-    weight_changes = {layer.name: _weight_changes(graph, layer, bits) for layer in graph.layers if layer.has_weight}
-    sums = {layer.name: np.zeros((len(bits) + 1, len(bits) + 1)) for layer in graph.layers}
+    graph, pricing = subject.graph, _Pricing.of(subject)
+    moments = {layer.name: _Moments.zeros(len(subject.bits)) for layer in graph.layers}
+    generator = torch.Generator().manual_seed(subject.seed)
     count = 0
-    for images, _ in batches:
+    for images, _ in subject.batches:
+
+        def price(traced: LayerTrace, count: int = len(images)) -> None:
+            with torch.no_grad():
+                moments[traced.layer.name].add(pricing.products(traced, count))
+
+        trace(graph, images, subject.probe, generator, price)
         count += len(images)
-        for traced in trace(graph, images, probe, generator):
-            changes = [[_change(x, p) for p in qparams[operand.tensor]] for operand, x in _operands(traced)]
-            if traced.layer.has_weight:
-                u = _weighted(traced, changes[0], weight_changes[traced.layer.name], len(images))
-            else:
-                u = _matmul(traced, changes, len(images))
-            sums[traced.layer.name] += 0.5 * u.double().square().sum(0).numpy()
-    return _table(graph, {name: total / count for name, total in sums.items()}, bits)
+    return _table(graph, {name: found.costs() / max(count, 1) for name, found in moments.items()}, subject.bits)
 
 
-def _operands(traced: LayerTrace):
-    return zip(traced.layer.activations, traced.inputs, strict=True)
+@dataclass(frozen=True)
+class _Products:
+    """Of one batch and layer, at every pair of widths; index 0 on an axis means that this operand is not quantized.
+
+    `errors` (images, 1 + widths of the weight, 1 + widths of the input) are <g, y^ - y>, `output` (images,) is <g, y>, and `spread`
+    (same shape as one image's errors) the squared norm of y^ on some rows, None for a layer without gains.
+    """
+
+    errors: Tensor
+    output: Tensor
+    spread: Tensor | None
 
 
-def _change(x: Tensor, qparams: QParams) -> Tensor:
-    return quantize_dequantize(x, qparams.scale, qparams.zero_point, qparams.bits) - x
+@dataclass
+class _Moments:
+    """Sums over the images of the products' second moments; what each layer's costs are made of."""
+
+    error_error: np.ndarray
+    error_output: np.ndarray
+    output_output: float
+    spread: np.ndarray | None
+
+    @classmethod
+    def zeros(cls, widths: int) -> "_Moments":
+        square = np.zeros((widths + 1, widths + 1))
+        return cls(square, square.copy(), 0.0, None)
+
+    def add(self, products: _Products) -> None:
+        errors, output = products.errors.double(), products.output.double()
+        self.error_error = self.error_error + errors.square().sum(0).numpy(force=True)
+        self.error_output = self.error_output + (errors * output[:, None, None]).sum(0).numpy(force=True)
+        self.output_output += float(output.square().sum())
+        if products.spread is not None:
+            self.spread = products.spread.double().numpy(force=True) + (0.0 if self.spread is None else self.spread)
+
+    def costs(self) -> np.ndarray:
+        """Sum over the images of 1/2 u^2, u = gain <g, y^ - y> + (gain - 1) <g, y>."""
+        gain = self.gain()
+        return 0.5 * (gain**2 * self.error_error + 2 * gain * (gain - 1) * self.error_output + (gain - 1) ** 2 * self.output_output)
+
+    def gain(self) -> np.ndarray:
+        """What calibration multiplies the output by to restore its spread; of a pair, the product of both operands' own gains."""
+        if self.spread is None:
+            return np.ones_like(self.error_error)
+        alone = self.spread[0, 0] / np.maximum(self.spread, 1e-12)
+        return np.sqrt(np.outer(alone[:, 0], alone[0])).clip(0.5, 2.0)
 
 
-def _weight_changes(graph: Graph, layer: Layer, bits: Sequence[int]) -> list[Tensor]:
-    """W^ - W at each width, of the weight's shape."""
+@dataclass(frozen=True)
+class _Pricing:
+    """The quantizers of every width and what they do to a batch; `negligible` says whose errors have no part in products of two."""
+
+    qparams: Mapping[str, Sequence[QParams]]
+    negligible: Mapping[str, Sequence[bool]]
+    weight_changes: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, subject: Subject) -> "_Pricing":
+        """Fits the quantizers of a subject."""
+        found = subject.histograms
+        qparams = {tensor: [activation_qparams(histogram, width) for width in subject.bits] for tensor, histogram in found.items()}
+        weighted = [layer for layer in subject.graph.layers if layer.has_weight]
+        return cls(
+            qparams,
+            {tensor: [relative_error(found[tensor], q) < _NEGLIGIBLE for q in fitted] for tensor, fitted in qparams.items()},
+            {layer.name: _weight_changes(subject.graph, layer, subject.bits) for layer in weighted},
+        )
+
+    def products(self, traced: LayerTrace, images: int) -> _Products:
+        """The products of one layer over a batch of so many images."""
+        if traced.layer.op == "linear":
+            return self._linear(traced, images)
+        return self._convolution(traced, images) if traced.layer.has_weight else self._matmul(traced, images)
+
+    def _linear(self, traced: LayerTrace, images: int) -> _Products:
+        weight, dw = traced.weight, self.weight_changes[traced.layer.name]
+        assert weight is not None
+        x, input_gradient, g = (_rows(t, images) for t in (traced.inputs[0], traced.input_gradients[0], traced.gradient))
+        g_total, input_total, stacked = g.sum(1), input_gradient.sum(1), dw.flatten(1)
+
+        def through_weight(value: Tensor, mean: Tensor) -> Tensor:
+            """<g W, value - mean>, (images,)."""
+            return _dot(input_gradient, value) - input_total @ mean
+
+        def through_change(value: Tensor, mean: Tensor) -> Tensor:
+            """<g, (value - mean) dW^T> at each width of the weight, (images, widths)."""
+            some = zip(g.split(_IMAGES_AT_ONCE), value.split(_IMAGES_AT_ONCE), strict=True)
+            return torch.cat([(g.mT @ value).flatten(1) @ stacked.T for g, value in some]) - g_total @ (dw @ mean).T
+
+        mean = x.mean((0, 1))
+        output, from_weight = through_weight(x, mean), through_change(x, mean)
+        tensor = traced.layer.operands[0].tensor
+        errors = x.new_zeros(images, len(dw) + 1, len(dw) + 1)
+        errors[:, 1:, 0] = from_weight
+        some = slice(None, None, max(1, min(round(_TOKENS_APART * x.shape[1]), len(x) * x.shape[1] // _FEWEST_ROWS)))
+        sampled = [x.flatten(0, 1)[some] - mean]
+        read = torch.empty_like(x)
+        for column, (qparams, negligible) in enumerate(zip(self.qparams[tensor], self.negligible[tensor], strict=True), start=1):
+            _quantize(x, qparams, read)
+            mean = read.mean((0, 1))
+            errors[:, 0, column] = through_weight(read, mean) - output
+            errors[:, 1:, column] = errors[:, 0, column, None] + (from_weight if negligible else through_change(read, mean))
+            sampled.append(read.flatten(0, 1)[some] - mean)
+        return _Products(errors, output, _spread(sampled, weight, dw))
+
+    def _convolution(self, traced: LayerTrace, images: int) -> _Products:
+        x, g, compute, weight = traced.inputs[0], traced.gradient, traced.compute, traced.weight
+        assert weight is not None
+
+        def product(changed_x: Tensor, changed_weight: Tensor) -> Tensor:
+            d = compute(changed_x, changed_weight)
+            return _dot(g, d - d.mean((0, *range(2, d.dim())), keepdim=True), images)
+
+        dw = self.weight_changes[traced.layer.name]
+        errors = x.new_zeros(images, len(dw) + 1, len(dw) + 1)
+        for row, change in enumerate(dw, start=1):
+            errors[:, row, 0] = product(x, change)
+        for column, qparams in enumerate(self.qparams[traced.layer.operands[0].tensor], start=1):
+            dx = _quantize(x, qparams, torch.empty_like(x)).sub_(x)
+            errors[:, 0, column] = product(dx, weight)
+            # The product of both errors is run for equal widths only, and taken for the pairs around it; it is of second order.
+            errors[:, 1:, column] = errors[:, 1:, 0] + (errors[:, 0, column] + product(dx, dw[column - 1]))[:, None]
+        return _Products(errors, x.new_zeros(images), None)
+
+    def _matmul(self, traced: LayerTrace, images: int) -> _Products:
+        """Of a matmul, whose two inputs have one width, on the diagonal."""
+        (left, right), (left_gradient, right_gradient) = traced.inputs, traced.input_gradients
+        one, other = (operand.tensor for operand in traced.layer.operands)
+        widths = len(self.qparams[one])
+        errors = left.new_zeros(images, widths + 1, widths + 1)
+        whole = _dot(left_gradient, left, images) + _dot(right_gradient, right, images)
+        read_left, read_right = torch.empty_like(left), torch.empty_like(right)
+        for index in range(widths):
+            _quantize(left, self.qparams[one][index], read_left)
+            _quantize(right, self.qparams[other][index], read_right)
+            error = _dot(left_gradient, read_left, images) + _dot(right_gradient, read_right, images) - whole
+            if not (self.negligible[one][index] or self.negligible[other][index]):
+                error += _dot(traced.gradient, read_left.sub_(left) @ read_right.sub_(right), images)
+            errors[:, index + 1, index + 1] = error
+        return _Products(errors, left.new_zeros(images), None)
+
+
+def _quantize(x: Tensor, qparams: QParams, out: Tensor) -> Tensor:
+    return quantize_dequantize(x, qparams.scale, qparams.zero_point, qparams.bits, out=out)
+
+
+def _weight_changes(graph: Graph, layer: Layer, bits: Sequence[int]) -> Tensor:
+    """W^ - W at each width, (widths, *weight's shape)."""
     weight = tensor_of(graph.module, operand_nodes(graph.layer_node(layer.name))[1])
-    return [quantize_weight(weight, *weight_ranges(weight, width), width).dequantize() - weight for width in bits]
+    return torch.stack([quantize_weight(weight, *weight_ranges(weight, width), width).dequantize() - weight for width in bits])
 
 
-def _weighted(traced: LayerTrace, dx: list[Tensor], dw: list[Tensor], images: int) -> Tensor:
-    """The u of a linear or convolution at every pair of widths: (images, 1 + widths of the weight, 1 + widths of the input).
-
-    Index 0 on an axis means that this operand is not quantized.
-    """
-    x, g, weight = traced.inputs[0], traced.gradient, traced.weight
-    assert weight is not None
-    if traced.layer.op == "linear":
-        g_rows, x_rows = _rows(g, images), _rows(x, images)  # (images, tokens, O), (images, tokens, I)
-        return _linear_products(g_rows, x_rows, [_rows(change, images) for change in dx], weight, dw)
-    return _convolution_products(traced, dx, weight, dw, images)
+def _spread(inputs: Sequence[Tensor], weight: Tensor, dw: Tensor) -> Tensor:
+    """The squared norm of the output for the float input and each quantized one (rows, I), and for each weight; off the axes zero."""
+    spread = weight.new_zeros(len(dw) + 1, len(inputs))
+    spread[0] = torch.stack([(x @ weight.T).square().sum() for x in inputs])
+    spread[1:, 0] = torch.stack([(inputs[0] @ (weight + change).T).square().sum() for change in dw])
+    return spread
 
 
-def _linear_products(g: Tensor, x: Tensor, dx: list[Tensor], weight: Tensor, dw: list[Tensor]) -> Tensor:
-    x, dx = _centered(x, (0, 1)), [_centered(change, (0, 1)) for change in dx]  # then d has mean 0: the bias takes up the rest
-    stacked = torch.stack([change.flatten() for change in dw])  # (widths, O I)
-    input_gradient = g @ weight  # (images, tokens, I)
-    y = (input_gradient * x).flatten(1).sum(1)  # <g, X W^T>, (images,)
-    d = x.new_zeros(len(x), len(dw) + 1, len(dx) + 1)
-    d[:, 1:, 0] = (g.mT @ x).flatten(1) @ stacked.T
-    for index, change in enumerate(dx, start=1):
-        d[:, 0, index] = (input_gradient * change).flatten(1).sum(1)
-        d[:, 1:, index] = d[:, 1:, 0] + d[:, 0, index, None]
-        if change.square().sum() > _NEGLIGIBLE * x.square().sum():
-            d[:, 1:, index] += (g.mT @ change).flatten(1) @ stacked.T  # <g, dX dW^T>, (images, widths)
-    gain = _gains(x, dx, weight, dw)
-    return gain * d + (gain - 1) * y[:, None, None]
-
-
-def _gains(x: Tensor, dx: list[Tensor], weight: Tensor, dw: list[Tensor]) -> Tensor:
-    """What calibration multiplies the output by to restore its spread: (1 + widths of the weight, 1 + widths of the input).
-
-    One number for all channels, from some of the rows; the two operands' gains multiply.
-    """
-    rows = slice(None, None, max(1, x.shape[0] * x.shape[1] // _GAIN_ROWS))
-    x, dx = x.flatten(0, 1)[rows], [change.flatten(0, 1)[rows] for change in dx]
-    spread = (x @ weight.T).square().sum()
-    of_weight = [spread / (x @ (weight + change).T).square().sum().clamp(min=1e-12) for change in dw]
-    of_input = [spread / ((x + change) @ weight.T).square().sum().clamp(min=1e-12) for change in dx]
-    one = torch.ones_like(spread)
-    gains = torch.outer(torch.stack([one, *of_weight]), torch.stack([one, *of_input])).sqrt()
-    return gains.clamp(0.5, 2.0)
-
-
-def _convolution_products(traced: LayerTrace, dx: list[Tensor], weight: Tensor, dw: list[Tensor], images: int) -> Tensor:
-    x, g, compute = traced.inputs[0], traced.gradient, traced.compute
-
-    def product(changed_x: Tensor, changed_w: Tensor) -> Tensor:
-        d = _centered(compute(changed_x, changed_w), (0, *range(2, g.dim())))
-        return (g * d).reshape(images, -1).sum(1)
-
-    u = x.new_zeros(images, len(dw) + 1, len(dx) + 1)
-    for row, w_change in enumerate(dw, start=1):
-        u[:, row, 0] = product(x, w_change)
-    for column, x_change in enumerate(dx, start=1):
-        u[:, 0, column] = product(x_change, weight)
-        # The product of both errors is run for equal widths only, and taken for the pairs around it; it is of second order.
-        u[:, 1:, column] = u[:, 1:, 0] + u[:, 0, column, None] + product(x_change, dw[column - 1])[:, None]
-    return u
-
-
-def _matmul(traced: LayerTrace, changes: list[list[Tensor]], images: int) -> Tensor:
-    """The u of a matmul whose two inputs have one width: (images, 1 + widths, 1 + widths), on the diagonal."""
-    left, right = traced.inputs
-    g = traced.gradient
-    left_gradient, right_gradient = g @ right.mT, left.mT @ g
-    widths = len(changes[0])
-    u = g.new_zeros(images, widths + 1, widths + 1)
-    for index, (dl, dr) in enumerate(zip(*changes, strict=True), start=1):
-        first = (left_gradient * dl).reshape(images, -1).sum(1) + (right_gradient * dr).reshape(images, -1).sum(1)
-        u[:, index, index] = first + (g * (dl @ dr)).reshape(images, -1).sum(1)
-    return u
-
-
-def _centered(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return x - x.mean(axes, keepdim=True)
+def _dot(a: Tensor, b: Tensor, images: int | None = None) -> Tensor:
+    """The inner product of each image's part, (images,)."""
+    images = len(a) if images is None else images
+    return torch.linalg.vecdot(a.reshape(images, -1), b.reshape(images, -1))
 
 
 def _rows(x: Tensor, images: int) -> Tensor:

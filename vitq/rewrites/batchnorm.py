@@ -18,6 +18,8 @@ _BATCHNORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_trainin
 
 def fold_batchnorm(graph: Graph) -> Graph:
     """The graph without the BatchNorms that follow a linear or convolution; its output is the same in exact arithmetic."""
+    if not any(node.target in _BATCHNORMS for node in graph.module.graph.nodes):
+        return graph
     module = copy(graph)
     for node in list(module.graph.nodes):
         if node.target in _BATCHNORMS and (layer := _producer(node)) is not None:

@@ -4,17 +4,19 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vitq.graph import Graph, analyse, assign, copy, tensor_of
+from vitq.graph.dataflow import optional_argument
 from vitq.graph.layers import operand_nodes
 
 
 def give_biases(graph: Graph) -> Graph:
     """The graph in which every layer with a weight has a bias."""
+    bare = [layer for layer in graph.layers if layer.has_weight and optional_argument(graph.layer_node(layer.name), 2) is None]
+    if not bare:
+        return graph
     module = copy(graph)
     nodes = {node.name: node for node in module.graph.nodes}
-    for layer in graph.layers:
+    for layer in bare:
         node = nodes[graph.nodes[layer.name]]
-        if not layer.has_weight or (len(node.args) > 2 and node.args[2] is not None):
-            continue
         weight = operand_nodes(node)[1]
         name = bias_name(str(weight.target))
         assign(module, {name: torch.zeros(layer.channels, device=tensor_of(module, weight).device)})

@@ -13,7 +13,7 @@ tensor afterwards. Where padding enters between the norm and its readers, and fo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,7 +57,10 @@ def fold_layernorms(graph: Graph, ranges: Mapping[str, ChannelRange] | None = No
     for name, shiftable in foldable_norms(graph).items():
         scale, shift = _fold_factors(ranges[name], shiftable) if ranges is not None else (None, None)
         _fold(module, nodes[name], scale, shift, has_bias=nodes[name].target is aten.layer_norm.default)
-    return analyse(module, graph.input_shape)
+    if len(module.graph.nodes) > len(nodes):  # parameters that a norm or a reader did not have
+        return analyse(module, graph.input_shape)
+    module.recompile()
+    return replace(graph, module=module)
 
 
 def _foldable(norm: Node, linears: set[str]) -> bool | None:
@@ -104,15 +107,16 @@ def _fold(module: GraphModule, norm: Node, scale: Tensor | None, shift: Tensor |
     for reader in dict(consumers(norm, BIJECTIVE | PARTIAL)):
         weight_name = str(operand_nodes(reader)[1].target)
         weight = tensor_of(module, operand_nodes(reader)[1])
-        bias = _parameter(module, reader, 2, torch.zeros(weight.shape[0]))
-        tensors = {weight_name: weight, bias_name(weight_name): bias}
+        bias_node = optional_argument(reader, 2)
+        bias, name = _parameter(module, reader, 2, torch.zeros(weight.shape[0])), bias_name(weight_name)
+        if bias_node is not None:
+            name = str(bias_node.target)
+        tensors = {weight_name: weight, name: bias}
         if scale is not None and shift is not None:
-            tensors = {
-                weight_name: (weight.double() * scale).float(),
-                bias_name(weight_name): (bias.double() - weight.double() @ shift).float(),
-            }
+            tensors = {weight_name: (weight.double() * scale).float(), name: (bias.double() - weight.double() @ shift).float()}
         assign(module, tensors)
-        set_bias(module, reader, bias_name(weight_name))
+        if bias_node is None:
+            set_bias(module, reader, name)
 
 
 def _parameter(module: GraphModule, node: Node, index: int, default: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from vitq.graph.dataflow import optional_argument
 
 def own_weights(graph: Graph) -> Graph:
     """The graph in which no two layers read the same weight or bias; a copy is named after its layer."""
+    read = [str(tensor.target) for layer in graph.layers if layer.has_weight for tensor in _tensors(graph.layer_node(layer.name))]
+    if len(set(read)) == len(read):
+        return graph
     module = copy(graph)
     nodes = {node.name: node for node in module.graph.nodes}
     taken: set[str] = set()
@@ -27,6 +30,11 @@ def own_weights(graph: Graph) -> Graph:
             taken.add(name)
     module.graph.eliminate_dead_code()
     return analyse(module, graph.input_shape)
+
+
+def _tensors(layer: Node) -> list[Node]:
+    found = [optional_argument(layer, index) for index in (1, 2)]
+    return [tensor for tensor in found if tensor is not None and tensor.op == "get_attr"]
 
 
 def _reader(layer: Node, original: Node, name: str) -> Node:
