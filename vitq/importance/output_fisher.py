@@ -144,10 +144,11 @@ class _Pricing:
         assert weight is not None
         x, input_gradient, g = (_rows(t, images) for t in (traced.inputs[0], traced.input_gradients[0], traced.gradient))
         g_total, input_total, stacked = g.sum(1), input_gradient.sum(1), dw.flatten(1)
+        read, scratch = torch.empty_like(x), torch.empty_like(x)
 
         def through_weight(value: Tensor, mean: Tensor) -> Tensor:
             """<g W, value - mean>, (images,)."""
-            return _dot(input_gradient, value) - input_total @ mean
+            return _dot(input_gradient, value, images, scratch) - input_total @ mean
 
         def through_change(value: Tensor, mean: Tensor) -> Tensor:
             """<g, (value - mean) dW^T> at each width of the weight, (images, widths)."""
@@ -161,7 +162,6 @@ class _Pricing:
         errors[:, 1:, 0] = from_weight
         some = slice(None, None, max(1, min(round(_TOKENS_APART * x.shape[1]), len(x) * x.shape[1] // _FEWEST_ROWS)))
         sampled = [x.flatten(0, 1)[some] - mean]
-        read = torch.empty_like(x)
         for column, (qparams, negligible) in enumerate(zip(self.qparams[tensor], self.negligible[tensor], strict=True), start=1):
             _quantize(x, qparams, read)
             mean = read.mean((0, 1))
@@ -195,12 +195,16 @@ class _Pricing:
         one, other = (operand.tensor for operand in traced.layer.operands)
         widths = len(self.qparams[one])
         errors = left.new_zeros(images, widths + 1, widths + 1)
-        whole = _dot(left_gradient, left, images) + _dot(right_gradient, right, images)
-        read_left, read_right = torch.empty_like(left), torch.empty_like(right)
+        read_left, read_right, scratch = torch.empty_like(left), torch.empty_like(right), torch.empty_like(left)
+
+        def first_order(changed_left: Tensor, changed_right: Tensor) -> Tensor:
+            return _dot(left_gradient, changed_left, images, scratch) + _dot(right_gradient, changed_right, images, scratch)
+
+        whole = first_order(left, right)
         for index in range(widths):
             _quantize(left, self.qparams[one][index], read_left)
             _quantize(right, self.qparams[other][index], read_right)
-            error = _dot(left_gradient, read_left, images) + _dot(right_gradient, read_right, images) - whole
+            error = first_order(read_left, read_right) - whole
             if not (self.negligible[one][index] or self.negligible[other][index]):
                 error += _dot(traced.gradient, read_left.sub_(left) @ read_right.sub_(right), images)
             errors[:, index + 1, index + 1] = error
@@ -225,10 +229,9 @@ def _spread(inputs: Sequence[Tensor], weight: Tensor, dw: Tensor) -> Tensor:
     return spread
 
 
-def _dot(a: Tensor, b: Tensor, images: int | None = None) -> Tensor:
-    """The inner product of each image's part, (images,)."""
-    images = len(a) if images is None else images
-    return torch.linalg.vecdot(a.reshape(images, -1), b.reshape(images, -1))
+def _dot(a: Tensor, b: Tensor, images: int, scratch: Tensor | None = None) -> Tensor:
+    """The inner product of each image's part, (images,); `scratch` takes the products where its shape fits, and saves fresh memory."""
+    return torch.mul(a, b, out=scratch if scratch is not None and scratch.shape == a.shape else None).reshape(images, -1).sum(1)
 
 
 def _rows(x: Tensor, images: int) -> Tensor:
