@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from vitq.affine import QuantizedWeight
+from vitq.affine import QuantizedWeight, weight_codes
 from vitq.export.kernels import optimised_graph
 from vitq.export.storage import STORAGES, Storage, function_name, plane_widths, stored_bytes, unpack_function, weight_tensors
 
@@ -21,10 +21,10 @@ WIDTHS = range(2, 9)
 
 def random_weight(bits: int, shape: tuple[int, ...], seed: int = 0) -> QuantizedWeight:
     rng = np.random.default_rng(seed)
-    low = 1 if bits == 8 else 0
-    zero_point = np.full(shape[0], 128) if bits == 8 else rng.integers(0, 2**bits, shape[0])
+    low, high = weight_codes(bits)
+    zero_point = np.full(shape[0], 2 ** (bits - 1)) if bits >= 7 else rng.integers(0, 2**bits, shape[0])
     return QuantizedWeight(
-        torch.from_numpy(rng.integers(low, 2**bits, shape).astype(np.uint8)),
+        torch.from_numpy(rng.integers(low, high + 1, shape).astype(np.uint8)),
         torch.from_numpy(rng.uniform(0.01, 0.02, shape[0]).astype(np.float32)),
         torch.from_numpy(zero_point.astype(np.uint8)),
         bits,

@@ -28,8 +28,8 @@ class QParams:
 class QuantizedWeight:
     """A weight in codes, with one scale and zero point an output channel (axis 0).
 
-    `codes` is uint8 of the weight's shape (O, ...), in [0, 2^bits - 1]; `scale` float32 (O,); `zero_point` uint8 (O,). At 8 bits the
-    zero point is 128 and the codes 1..255, so that `codes - zero_point` fits int8 at every width.
+    `codes` is uint8 of the weight's shape (O, ...), within `weight_codes(bits)`; `scale` float32 (O,); `zero_point` uint8 (O,). The
+    integers `codes - zero_point` lie within -64..64 at every width, see `weight_qparams`.
     """
 
     codes: Tensor
@@ -81,28 +81,30 @@ def quantize_dequantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | f
 
 
 def weight_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of weights whose channels span [low, high], each (O,): asymmetric below 8 bits, symmetric at 8.
+    """Scale and zero point of weights whose channels span [low, high], each (O,): asymmetric up to 6 bits, symmetric at 7 and 8.
 
-    Integer kernels want weights with zero point 0 in int8. Up to 7 bits `codes - zero_point` fits int8 whatever the zero point;
-    at 8 bits only the symmetric range -127..127 does.
+    Integer kernels want weights with zero point 0 in int8, so what they read are the integers `codes - zero_point`. Processors without
+    VNNI multiply a pair of 8-bit activations with a pair of weights and add both in 16 bits, which saturates: 255 (|v| + |w|) <= 32767
+    holds for all pairs where no integer exceeds 64. Up to 6 bits none does, whatever the zero point; at 7 bits -64..63 and at 8 bits
+    -64..64 are kept to, so that a file computes the same everywhere.
     """
-    if bits < 8:
+    if bits < 7:
         return choose_qparams(low, high, bits)
-    bound = torch.maximum(-low, high).clamp(min=0)
-    scale = (bound / 127).to(torch.float32)
+    zero_point = 2.0 ** (bits - 1)
+    scale = (torch.maximum(-low, high).clamp(min=0) / (weight_codes(bits)[1] - zero_point)).to(torch.float32)
     scale = torch.where(scale > _SMALLEST_SCALE, scale, torch.ones_like(scale))
-    return scale, torch.full_like(scale, 128.0)
+    return scale, torch.full_like(scale, zero_point)
+
+
+def weight_codes(bits: int) -> tuple[int, int]:
+    """The smallest and the largest code of a weight: 0 and 2^bits - 1; at 8 bits 64 and 192."""
+    return (64, 192) if bits == 8 else (0, highest_code(bits))
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> QuantizedWeight:
     """The codes of a weight (O, ...) under per-channel scale and zero point, each (O,)."""
     codes = quantize(weight, _per_channel(scale, weight), _per_channel(zero_point, weight), bits)
-    return QuantizedWeight(codes.clamp_(min=lowest_weight_code(bits)).to(torch.uint8), scale, zero_point.to(torch.uint8), bits)
-
-
-def lowest_weight_code(bits: int) -> int:
-    """The smallest code of a weight: 1 at 8 bits, so that the integers are -127..127, else 0."""
-    return 1 if bits == 8 else 0
+    return QuantizedWeight(codes.clamp_(*weight_codes(bits)).to(torch.uint8), scale, zero_point.to(torch.uint8), bits)
 
 
 _SMALLEST_SCALE = 1e-20  # below it, float32 division by the scale overflows

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
-from vitq.affine import QParams, QuantizedWeight, highest_code
+from vitq.affine import QParams, QuantizedWeight, highest_code, weight_codes
 from vitq.artifacts import WIDTHS, BitPlan, Layer, ModelSpec, refuse_existing, write_whole
 from vitq.errors import InputError
 from vitq.fakequant import fake_quantize
@@ -160,9 +160,9 @@ def _weight(path: Path, tensors: dict[str, Tensor], layer: Layer, bits: int | No
     forms = (torch.uint8, layer.operands[1].shape), (torch.float32, (layer.channels,)), (torch.uint8, (layer.channels,))
     if tuple((part.dtype, tuple(part.shape)) for part in (codes, scale, zero_point)) != forms:
         raise InputError(f"{path}: the codes of layer {layer.name!r} do not have the weight's shape; run `vitq calibrate` again")
-    lowest, highest = (1, 255) if bits == 8 else (0, highest_code(bits))
+    lowest, highest = weight_codes(bits)
     in_range = lowest <= int(codes.min()) and int(codes.max()) <= highest and int(zero_point.max()) <= highest
-    if not in_range or float(scale.min()) <= 0 or (bits == 8 and bool((zero_point != 128).any())):
+    if not in_range or float(scale.min()) <= 0 or (bits >= 7 and bool((zero_point != 2 ** (bits - 1)).any())):
         raise InputError(f"{path}: the codes of layer {layer.name!r} are no {bits}-bit codes; run `vitq calibrate` again")
     return QuantizedWeight(codes, scale, zero_point, bits)
 

@@ -48,6 +48,16 @@ def probe_for(num_classes: int) -> Probe:
     return fisher_probe if num_classes > 0 else error_probe
 
 
+def loss(reference: Tensor, output: Tensor, num_classes: int) -> Tensor:
+    """The loss itself, image by image (B,): KL(reference || output) in nats, or half the squared relative error."""
+    reference, output = reference.double(), output.double()  # differences of 1e-6 nats are to be seen
+    if num_classes > 0:
+        log_p = reference.log_softmax(-1)
+        return (log_p.exp() * (log_p - output.log_softmax(-1))).flatten(1).sum(1)
+    error, norm = (value.flatten(1).norm(dim=1) for value in (output - reference, reference))
+    return (error / norm.clamp(min=1e-12)).square() / 2
+
+
 @dataclass(frozen=True)
 class LayerTrace:
     """What one layer saw for a batch: its operands as it read them, and the probe's gradients at its output and at its inputs.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitq.affine import QParams, choose_qparams, highest_code, lowest_weight_code, weight_qparams
+from vitq.affine import QParams, choose_qparams, highest_code, weight_codes, weight_qparams
 from vitq.artifacts import Layer
 from vitq.errors import InputError
 from vitq.graph import Graph, run
@@ -151,7 +151,7 @@ def weight_ranges(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _row_errors(rows: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Tensor:
     """The squared error of each row (O, I) under each of its candidates, scales and zero points (O, candidates)."""
     scale, zero_point = scales[:, :, None], zero_points[:, :, None]
-    codes = (rows[:, None] / scale).round_().add_(zero_point).clamp_(lowest_weight_code(bits), highest_code(bits))
+    codes = (rows[:, None] / scale).round_().add_(zero_point).clamp_(*weight_codes(bits))
     error = codes.sub_(zero_point).mul_(scale).sub_(rows[:, None])
     return torch.linalg.vecdot(error, error)
 

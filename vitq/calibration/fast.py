@@ -4,6 +4,8 @@ LayerNorms folded to common channel ranges; weights per output channel and activ
 output channel gets back the mean and the spread that it has in the float network (moments.py).
 """
 
+from collections.abc import Mapping
+
 from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.artifacts import BitPlan, Layer
 from vitq.calibration.moments import match_moments
@@ -11,7 +13,7 @@ from vitq.checkpoint import Checkpoint
 from vitq.graph import Graph, assign, copy, tensor_of
 from vitq.graph.dataflow import argument
 from vitq.graph.layers import operand_nodes
-from vitq.ranges import Batches, activation_qparams, fold, weight_ranges
+from vitq.ranges import Batches, Histogram, activation_qparams, fold, weight_ranges
 
 
 def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches) -> Checkpoint:
@@ -26,8 +28,19 @@ def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches) -> Checkpoint:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
+    return fit_fast(*fold(graph, batches), plan, batches)
+
+
+def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, batches: Batches) -> Checkpoint:
+    """The recipe from the folded graph on, which does not depend on the plan: one fold serves many plans.
+
+    Args:
+        folded: the folded graph (`ranges.fold`).
+        histograms: of its activations, by `Operand.tensor`.
+        plan: bits of every layer.
+        batches: the calibration images; gone through once.
+    """
     bits = plan.bits
-    folded, histograms = fold(graph, batches)
     activations = {
         operand.tensor: activation_qparams(histograms[operand.tensor], bits[layer.name].activation_bits)
         for layer in folded.layers
