@@ -1,0 +1,76 @@
+"""Whether to trust a metric on a model: what it predicts for plans of one budget against what they measure."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import spearmanr
+
+from vitq.allocation.moves import Bits, Moves
+
+Loss = Callable[[Bits], float]
+"""From a plan's bits to a loss, predicted or measured."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The plans' names, and what each was predicted to cost and measured to cost, in the loss's unit.
+
+    `correlation` is Spearman's, over the random plans and the chosen one (all of one budget, so that it is about the metric and not about
+    the budget); None where there are fewer than three.
+    """
+
+    names: tuple[str, ...]
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    correlation: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted loss of the chosen plan."""
+        return self.measured[0] / max(self.predicted[0], 1e-12)
+
+
+def audit(chosen: Bits, uniform: Bits | None, moves: Moves, count: int, predict: Loss, measure: Loss, seed: int = 0) -> Audit:
+    """Measures the chosen plan, so many random plans of its budgets, and the uniform one.
+
+    Args:
+        chosen: the plan under audit; it meets the budgets.
+        uniform: the uniform plan of the same average, None where there is none.
+        moves: the units that may move, and the budgets.
+        count: how many random plans.
+        predict: the metric's loss of a plan.
+        measure: the real one.
+        seed: of the random plans.
+    """
+    source = random.Random(seed)
+    randoms = [random_plan(moves, chosen, source) for _ in range(count)]
+    plans = [("chosen", chosen), *((f"random {index}", bits) for index, bits in enumerate(randoms, start=1))]
+    plans += [("uniform", uniform)] if uniform is not None else []
+    predicted, measured = ([loss(bits) for _, bits in plans] for loss in (predict, measure))
+    return Audit(
+        tuple(name for name, _ in plans), tuple(predicted), tuple(measured), _spearman(predicted[: count + 1], measured[: count + 1])
+    )
+
+
+def random_plan(moves: Moves, start: Bits, source: random.Random) -> Bits:
+    """A plan that spends the budgets at random: from the narrowest widths, units picked by chance rise until none can."""
+    bits = start
+    for unit in moves.units:
+        while (narrower := moves.moved(bits, unit, -1)) is not None:
+            bits = narrower
+    rising = list(moves.units)
+    while rising:
+        unit = source.choice(rising)
+        wider = moves.moved(bits, unit, 1)
+        if wider is None or not moves.meets(wider):
+            rising.remove(unit)
+        else:
+            bits = wider
+    return bits
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:  # all alike: there is no order to agree on
+        return None
+    return float(spearmanr(a, b)[0])  # type: ignore[arg-type]
