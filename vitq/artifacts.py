@@ -118,6 +118,29 @@ class CostTable(Value):
         return self
 
 
+LrpRules = Literal["chefer", "epsilon", "gamma", "attnlrp"]
+LrpTarget = Literal["pred", "label"]
+LrpAggregate = Literal["abs", "positive", "signed"]
+SensitivityLoss = Literal["kl", "cross-entropy", "top1"]
+FisherLabels = Literal["true", "empirical"]
+
+
+class MetricOptions(Value):
+    """The choices that single metrics offer.
+
+    `lrp_*`: rules of propagation, the class that is explained, and how a layer's relevance becomes one number. `sensitivity_*`: the loss
+    that is compared, and what the other layers run at ("fp32", "w8a8", or "uniform 4"). `fisher`, of lampq: labels sampled from the model
+    ("true") or the images' own ("empirical").
+    """
+
+    lrp_rules: LrpRules = "chefer"
+    lrp_target: LrpTarget = "pred"
+    lrp_aggregate: LrpAggregate = "abs"
+    sensitivity_loss: SensitivityLoss = "kl"
+    sensitivity_baseline: str = "w8a8"
+    fisher: FisherLabels = "true"
+
+
 class ModelSpec(Value):
     """All that is needed to build the architecture again, without its weights, and to feed it.
 

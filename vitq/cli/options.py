@@ -21,6 +21,9 @@ ModelKwargs = Annotated[
 Images = Annotated[
     str, typer.Option("--images", help="A folder of class folders, a flat folder, a .tar of either, or an images.safetensors.")
 ]
+OptionalImages = Annotated[
+    str | None, typer.Option("--images", help="A folder of class folders, a flat folder, a .tar of either, or an images.safetensors.")
+]
 RememberedImages = Annotated[
     str | None, typer.Option("--images", help="A folder, a .tar or an images.safetensors. (default: those of the stage before)")
 ]

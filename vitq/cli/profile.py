@@ -1,26 +1,39 @@
 """`vitq profile`: what every layer's bits are worth, into profile.json."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitq.artifacts import Profile, save
+from vitq.artifacts import (
+    FisherLabels,
+    LrpAggregate,
+    LrpRules,
+    LrpTarget,
+    MetricOptions,
+    Profile,
+    SensitivityLoss,
+    save,
+)  # fmt: skip
 from vitq.cli import options
 from vitq.cli.chain import PROFILE, ImageSource, LoadingOptions, ModelSource, in_folder, output_path, run_folder
 from vitq.cli.layer_table import cost_table
 from vitq.cli.terminal import Terminal, in_units
+from vitq.errors import UsageError
 
 if TYPE_CHECKING:
     from vitq.images import Images
     from vitq.models import LoadedModel
 
 DEFAULT_METRIC = "output-fisher"
+DEFAULTS = MetricOptions()
+HEAT_MAP = "relevance.png"
 
 
 def profile(
     model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
-    images: options.Images,
+    images: options.OptionalImages = None,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="Repeatable; the first is allocate's default.")] = None,
     bits: Annotated[str, typer.Option("--bits", help="The widths to price.")] = "2,3,4,5,6,7,8",
     arch: options.Arch = None,
@@ -31,8 +44,25 @@ def profile(
     seed: Annotated[int, typer.Option("--seed", help="Chooses the subset of the images, and all else that is random.")] = 0,
     resume: Annotated[
         bool,
-        typer.Option("--resume/--no-resume", help="Go on with an interrupted metric; output-fisher is one pass, with nothing to resume."),
+        typer.Option("--resume/--no-resume", help="Go on with an interrupted sensitivity, the one metric that takes long, or start anew."),
     ] = True,
+    lrp_rules: Annotated[LrpRules, typer.Option("--lrp-rules", help="How relevance is propagated.")] = DEFAULTS.lrp_rules,
+    lrp_target: Annotated[LrpTarget, typer.Option("--lrp-target", help="Explain the predicted class or the label.")] = DEFAULTS.lrp_target,
+    lrp_aggregate: Annotated[
+        LrpAggregate, typer.Option("--lrp-aggregate", help="How a layer's relevance becomes one number.")
+    ] = DEFAULTS.lrp_aggregate,
+    sensitivity_loss: Annotated[
+        SensitivityLoss, typer.Option("--sensitivity-loss", help="What is compared; all but kl need labels.")
+    ] = DEFAULTS.sensitivity_loss,
+    sensitivity_baseline: Annotated[
+        str, typer.Option("--sensitivity-baseline", help="What the other layers run at: fp32, w8a8 or 'uniform 4'.")
+    ] = DEFAULTS.sensitivity_baseline,
+    fisher: Annotated[
+        FisherLabels, typer.Option("--fisher", help="lampq's labels: sampled from the model (true) or the images' own (empirical).")
+    ] = DEFAULTS.fisher,
+    explain: Annotated[
+        Path | None, typer.Option("--explain", help="No profile, but a heat map of what in this IMAGE speaks for the model's answer.")
+    ] = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = 0,
     device: options.Device = "cpu",
@@ -45,10 +75,26 @@ def profile(
 ) -> None:
     """Measure what each layer's bits are worth."""
     terminal = Terminal(quiet, verbose, as_json)
-    path = output_path(output, run_folder(run_dir), PROFILE, force)
+    path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force)
     widths = options.parse_bits(bits) or []
+    chosen = MetricOptions(
+        lrp_rules=lrp_rules,
+        lrp_target=lrp_target,
+        lrp_aggregate=lrp_aggregate,
+        sensitivity_loss=sensitivity_loss,
+        sensitivity_baseline=sensitivity_baseline,
+        fisher=fisher,
+    )
     loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
     options.usable_device(device)
+    if explain is not None:
+        _heat_map(terminal, model, loading, explain, chosen, path, device, force)
+        return
+    if images is None:
+        raise UsageError("no images were given; give --images a folder, a .tar or an images.safetensors")
+    journal = path.with_name(f".{path.stem}.journal.jsonl")
+    if not resume:
+        journal.unlink(missing_ok=True)
     from vitq.images import describe, open_images
     from vitq.importance import profile as price
     from vitq.models import load
@@ -59,15 +105,28 @@ def profile(
     terminal.note(f"preprocessing: {describe(loaded.data_config)}")
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     with terminal.watching(opened, "profile"):
-        found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device)
+        found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device, chosen, journal)
     found = remembering(found, loaded, loading, opened, seed)
     save(found, path, force)
+    journal.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     tables = [cost_table(found, name) for name in found.costs] if verbose else []
     terminal.result(_document(found, str(path), opened, seconds), *_lines(found, seconds), *tables, f"wrote {path}")
     if fused := found.made_from.get("unfused_attention"):
         terminal.note(f"attention stays fused in {len(fused)} places, so its matmuls are no layers and stay float: {', '.join(fused)}")
     terminal.next(in_folder("vitq allocate --budget 4.0", path, PROFILE))
+
+
+def _heat_map(
+    terminal: Terminal, model: str, loading: LoadingOptions, image: Path, chosen: MetricOptions, path: Path, device: str, force: bool
+) -> None:
+    from vitq.importance.relevance_map import explain
+    from vitq.models import load
+
+    found = explain(load(model, **loading.model_dump()), image, chosen, path, device=device, force=force)
+    what = "the squared norm of the output" if found.label is None else f"class {found.label}" + (f", {found.name}" if found.name else "")
+    document = {"output": str(path), "label": found.label, "name": found.name, "without_rule": list(found.without_rule)}
+    terminal.result(document, f"explained {what}; red speaks for it, blue against it", f"wrote {path}")
 
 
 def remembering(found: Profile, model: "LoadedModel", loading: LoadingOptions, images: "Images", seed: int) -> Profile:

@@ -3,28 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from vitq.artifacts import MetricOptions
 from vitq.gradients import Probe, probe_for
 from vitq.graph import Graph
 from vitq.ranges import Batches, Histogram
-
-
-@dataclass(frozen=True)
-class MetricOptions:
-    """The choices that single metrics offer; each field names the metric that reads it.
-
-    `lrp_*`: rules of propagation, the class that is explained, and how a layer's relevance becomes one number. `sensitivity_*`: the loss
-    that is compared, and what the other layers run at ("fp32", "w8a8", or "uniform 4"). `fisher`: labels sampled from the model
-    ("true") or the images' own ("empirical").
-    """
-
-    lrp_rules: Literal["chefer", "epsilon", "gamma", "attnlrp"] = "chefer"
-    lrp_target: Literal["pred", "label"] = "pred"
-    lrp_aggregate: Literal["abs", "positive", "signed"] = "abs"
-    sensitivity_loss: Literal["kl", "cross-entropy", "top1"] = "kl"
-    sensitivity_baseline: str = "w8a8"
-    fisher: Literal["true", "empirical"] = "true"
 
 
 @dataclass(frozen=True)
