@@ -9,15 +9,32 @@ from vitq.artifacts import WIDTHS, CostTable, Profile
 from vitq.errors import UsageError
 from vitq.graph import Graph
 from vitq.images import Images
+from vitq.importance.controls import random, uniform
+from vitq.importance.hawq_v2 import hawq_v2
+from vitq.importance.lampq import lampq
+from vitq.importance.nuclear import nuclear
 from vitq.importance.output_fisher import output_fisher
+from vitq.importance.sensitivity import sensitivity
+from vitq.importance.sqnr import sqnr
 from vitq.importance.subject import MetricOptions, Subject
+from vitq.importance.weight_mse import weight_mse
 from vitq.models import LoadedModel
 from vitq.ranges import fold
 from vitq.rewrites import prepare
 
 __all__ = ["METRICS", "MetricOptions", "Subject", "profile"]
 
-METRICS: dict[str, Callable[[Subject], CostTable]] = {"output-fisher": output_fisher}
+METRICS: dict[str, Callable[[Subject], CostTable]] = {
+    "output-fisher": output_fisher,
+    "sensitivity": sensitivity,
+    "lampq": lampq,
+    "hawq-v2": hawq_v2,
+    "sqnr": sqnr,
+    "weight-mse": weight_mse,
+    "nuclear": nuclear,
+    "uniform": uniform,
+    "random": random,
+}
 
 
 def profile(
