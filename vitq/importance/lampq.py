@@ -26,6 +26,7 @@ from vitq.gradients import Probe
 from vitq.importance.costs import by_width
 from vitq.importance.fisher import operand_traces
 from vitq.importance.journal import Journal
+from vitq.importance.quantizers import Quantizers
 from vitq.importance.sensitivity import Increases, loss_increases, required_labels
 from vitq.importance.subject import Subject
 
@@ -81,7 +82,8 @@ def _losses(subject: Subject) -> dict[str, float]:
     labelled = subject.num_classes > 0 and next(iter(subject.batches))[1] is not None
     changes = [(layer, _PROBED_BITS) for layer in probed_layers(subject.graph.layers)]
     with Journal(None, {}) as journal:
-        found = loss_increases(subject, changes, None, ("kl", "top1") if labelled else ("kl",), journal)
+        quantizers = Quantizers.of(subject, [_PROBED_BITS])
+        found = loss_increases(subject, quantizers, changes, None, ("kl", "top1") if labelled else ("kl",), journal)
     return {name: float(increase[_column(found, labelled)]) for (name, _), increase in found.mean.items()}
 
 

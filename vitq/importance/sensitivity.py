@@ -52,10 +52,11 @@ def sensitivity(subject: Subject) -> CostTable:
     """
     loss, baseline = subject.options.sensitivity_loss, _baseline_bits(subject.options.sensitivity_baseline)
     changes = [(layer, width) for layer in subject.graph.layers for width in subject.bits if width != baseline]
+    quantizers = Quantizers.of(subject, {*subject.bits, *([baseline] if baseline else [])})
     with Journal(subject.journal, _header(subject) if subject.journal else {}) as journal:
-        found = loss_increases(subject, changes, baseline, (loss,), journal).mean
+        found = loss_increases(subject, quantizers, changes, baseline, (loss,), journal).mean
     tied = {layer.name: [float(found.get((layer.name, width), np.zeros(1))[0]) for width in subject.bits] for layer in subject.graph.layers}
-    weight, activation = split(subject, tied, _weight_shares(subject))
+    weight, activation = split(subject, tied, _weight_shares(subject, quantizers))
     return table(subject, _UNITS[loss], weight, activation, tied)
 
 
@@ -68,12 +69,18 @@ class Increases:
 
 
 def loss_increases(
-    subject: Subject, changes: Sequence[tuple[Layer, int]], baseline: int | None, losses: Sequence[str], journal: Journal
+    subject: Subject,
+    quantizers: Quantizers,
+    changes: Sequence[tuple[Layer, int]],
+    baseline: int | None,
+    losses: Sequence[str],
+    journal: Journal,
 ) -> Increases:
     """How much quantizing one layer alone adds to losses.
 
     Args:
         subject: the graph and its images.
+        quantizers: of the baseline's width and the changes'.
         changes: layers and the width that their operands get, one at a time.
         baseline: the width of all other layers; None leaves them float.
         losses: of "kl", "cross-entropy" and "top1" (percent wrong; a label that is no class of the model is wrong too).
@@ -83,7 +90,6 @@ def loss_increases(
         UsageError: a loss that the model has no classifier for.
         InputError: labels are needed and the images have none, or one that is not among the classes.
     """
-    quantizers = Quantizers.of(subject, {width for _, width in changes} | ({baseline} if baseline else set()))
     at_baseline = np.zeros(len(losses))
     totals = {(layer.name, width): np.zeros(len(losses)) for layer, width in changes}
     count = 0
@@ -236,9 +242,8 @@ def _along_channels(layer: Layer, values: Tensor, output: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (0 if layer.op == "linear" else output.dim() - 2))
 
 
-def _weight_shares(subject: Subject) -> dict[str, float]:
+def _weight_shares(subject: Subject, quantizers: Quantizers) -> dict[str, float]:
     """The part of each layer's cost that falls to its weight: its relative error's part of both operands', over all widths."""
-    quantizers = Quantizers.of(subject, subject.bits)
     shares = {}
     for layer in subject.graph.layers:
         errors = np.array([quantizers.relative_errors(subject, layer, width) for width in subject.bits]).sum(0)
