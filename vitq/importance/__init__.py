@@ -51,7 +51,7 @@ def profile(
 
     Args:
         model: a float model.
-        images: calibration images, preprocessed for the model; labels are not used.
+        images: calibration images, preprocessed for the model; labels are used by what `options` asks for, and by lampq.
         metrics: names in `METRICS`; all are stored, the first is the allocator's default.
         bits: the widths to price, 2 to 8.
         seed: of whatever a metric draws at random.
