@@ -12,6 +12,8 @@ from vitq.images import Images
 from vitq.importance.controls import random, uniform
 from vitq.importance.hawq_v2 import hawq_v2
 from vitq.importance.lampq import lampq
+from vitq.importance.lrp import lrp
+from vitq.importance.mix_qvit import mix_qvit
 from vitq.importance.nuclear import nuclear
 from vitq.importance.output_fisher import output_fisher
 from vitq.importance.sensitivity import sensitivity
@@ -27,6 +29,8 @@ __all__ = ["METRICS", "MetricOptions", "Subject", "profile"]
 METRICS: dict[str, Callable[[Subject], CostTable]] = {
     "output-fisher": output_fisher,
     "sensitivity": sensitivity,
+    "lrp": lrp,
+    "mix-qvit": mix_qvit,
     "lampq": lampq,
     "hawq-v2": hawq_v2,
     "sqnr": sqnr,

@@ -8,22 +8,23 @@ Differs from the paper: it does not give how the two are joined; the product is 
 sensitivity.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from vitq.artifacts import CostTable
+from vitq.importance.lrp import lrp
 from vitq.importance.sensitivity import sensitivity
 from vitq.importance.subject import Subject
 
 
-def mix_qvit(relevance: Callable[[Subject], CostTable], subject: Subject) -> CostTable:
-    """Prices every layer by its sensitivity times its relevance, the `importance` of the table that `relevance` answers with.
+def mix_qvit(subject: Subject) -> CostTable:
+    """Prices every layer by its sensitivity times its relevance, the `importance` of `lrp`.
 
     Raises:
-        UsageError, InputError: as `sensitivity` does, and as `relevance` does.
+        UsageError, InputError: as `sensitivity` and `lrp` do.
     """
-    return combine(sensitivity(subject), relevance(subject).importance)
+    return combine(sensitivity(subject), lrp(subject).importance)
 
 
 def combine(measured: CostTable, relevance: Mapping[str, float], eta: float = 1.0) -> CostTable:
