@@ -30,6 +30,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vitq.artifacts import refuse_existing, write_whole
 from vitq.errors import InputError
 
 FORMAT = "vitq-images/1"
@@ -146,11 +147,33 @@ def open_images(
         chosen = sorted(chosen, key=lambda i: hashlib.sha256(f"{seed}\0".encode() + entries[i].encoded).digest())[:num_images]
     picked = [entries[i].located() for i in chosen]
     digest = hashlib.sha256(content + b"".join(entry.encoded + f"\0{entry.size}\n".encode() for entry in picked)).hexdigest()
-    mode = "L" if data_config["input_size"][0] == 1 else "RGB"
-    scale = max(data_config["input_size"][1:]) / (data_config.get("crop_pct") or 0.875)
-    dataset = _Items(picked, [labels[i] for i in chosen] if labels else [0] * len(picked), read, mode, transform, scale)
+    chosen_labels = [labels[i] for i in chosen] if labels else [0] * len(picked)
+    dataset = _Items(picked, chosen_labels, read, _mode(data_config), transform, _scale(data_config))
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate, generator=torch.Generator())
     return Images(str(source), data_config, len(picked), digest, labels is not None, class_names, loader)
+
+
+def read_image(path: Path, data_config: dict[str, Any]) -> Tensor:
+    """One picture, preprocessed for the model: float32 (C, H, W).
+
+    Raises:
+        InputError: the file is missing or no picture, or the preprocessing cannot be built.
+    """
+    entry = _Entry(path.name, "", path, 0, None).located()
+    image, _, fault = _Items([entry], [0], _read_file, _mode(data_config), _transform(data_config), _scale(data_config))[0]
+    if image is None:
+        raise InputError(f"{path} cannot be read as a picture ({fault.removeprefix(f'{path.name}: ')}); give a PNG or JPEG file")
+    return image
+
+
+def write_png(pixels: np.ndarray, path: Path, force: bool = False) -> None:
+    """Writes a picture, uint8 (H, W, 3); the file appears whole or not at all.
+
+    Raises:
+        UsageError: the file exists and `force` is not set.
+    """
+    refuse_existing(path, force)
+    write_whole(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
 
 
 def describe(data_config: dict[str, Any]) -> str:
@@ -201,6 +224,15 @@ def _transform(data_config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
     if shape != (channels, height, width):
         raise InputError(f"the preprocessing {data_config} gives images of shape {shape}, not input_size; correct the model's config")
     return transform
+
+
+def _mode(data_config: dict[str, Any]) -> str:
+    return "L" if data_config["input_size"][0] == 1 else "RGB"
+
+
+def _scale(data_config: dict[str, Any]) -> float:
+    """The pixels that a picture's short side is resized to."""
+    return max(data_config["input_size"][1:]) / (data_config.get("crop_pct") or 0.875)
 
 
 def _folder_entries(root: Path) -> list[_Entry]:

@@ -26,8 +26,12 @@ Visit = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True)
 class Propagated:
-    """`pixels` is the relevance of the images, in their shape; `without_rule` the ops that took the epsilon rule for want of their own."""
+    """`output` is the network's own, `pixels` the relevance of the images, in their shape.
 
+    `without_rule` names the ops that took the epsilon rule for want of their own.
+    """
+
+    output: Tensor
     pixels: Tensor
     without_rule: frozenset[str]
 
@@ -54,7 +58,8 @@ def _propagate(
     values = values_at(module, images, [node.name for node in nodes if node.op in ("placeholder", "call_function")])
     carrying = _carrying(nodes)
     (result,) = module.graph.output_node().all_input_nodes
-    relevance: dict[Node, Any] = {result: start(values[result.name])}
+    output = values[result.name]
+    relevance: dict[Node, Any] = {result: start(output)}
     pixels, without_rule = torch.zeros_like(images), set()
     for node in reversed(nodes):
         arrived = relevance.pop(node, None)
@@ -74,7 +79,7 @@ def _propagate(
                 for source, part in zip(sources, rule(step, _complete(arrived, step.output)), strict=True):
                     relevance[source] = relevance[source] + part if source in relevance else part
         values.pop(node.name, None)
-    return Propagated(pixels, frozenset(without_rule))
+    return Propagated(output, pixels, frozenset(without_rule))
 
 
 def _carrying(nodes: list[Node]) -> set[Node]:
