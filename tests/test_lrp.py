@@ -373,7 +373,7 @@ def test_what_is_not_conserved_is_what_biases_absorb(family: str):
     assert torch.allclose(total, torch.ones(2, dtype=torch.float64), atol=0.01 + 1e-4 * float(size.max()))
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "cait", "levit", "visformer"])
+@pytest.mark.parametrize("family", ["vit", "swin", "cait", "levit"])
 def test_an_images_relevance_is_its_own(family: str):
     """Alone or in a batch, whatever axis counts its windows."""
     graph, x = captured(family)[1], images(3, FAMILIES[family][1])
@@ -455,27 +455,24 @@ def test_signed_sums_tie_within_a_branch_and_others_do_not():
         assert plain[f"{block}.mlp.fc1"] != pytest.approx(plain[f"{block}.mlp.fc2"], rel=0.05)
 
 
-@pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(
     ("last", "branch"), [("mlp.fc2", ("mlp.fc1", "mlp.fc2")), ("attn.proj", ("attn.qkv", "attn.qk", "attn.av", "attn.proj"))]
 )
-def test_a_branch_that_adds_nothing_has_no_importance(rules: str, last: str, branch: tuple[str, ...]):
+def test_a_branch_that_adds_nothing_has_no_importance(last: str, branch: tuple[str, ...]):
     model = timm_model("vit")
     with torch.no_grad():
-        layer = model.get_submodule(f"blocks.1.{last}")
-        for parameter in layer.parameters():
+        for parameter in model.get_submodule(f"blocks.1.{last}").parameters():
             parameter.zero_()
-    importance = lrp(subject(rewrite(capture(model, (3, 32, 32))), [(images(2, 32), None)], lrp_rules=rules)).importance
-    silent = {f"blocks.1.{name}" for name in branch}
-    assert {name for name, share in importance.items() if share == 0} == silent
+    graph = capture(model, (3, 32, 32))
+    for rules in RULES:
+        importance = lrp(subject(graph, [(images(2, 32), None)], lrp_rules=rules)).importance
+        assert {name for name, share in importance.items() if share == 0} == {f"blocks.1.{name}" for name in branch}, rules
 
 
 @pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("family", ["swin", "cait", "levit"])
-@pytest.mark.parametrize("classes", [10, 0])
-def test_every_family_gets_finite_importance(family: str, rules: str, classes: int):
-    graph = rewritten(family, classes)
-    table = lrp(subject(graph, [(images(2, FAMILIES[family][1]), None)], classes, lrp_rules=rules))
+@pytest.mark.parametrize(("family", "classes"), [("swin", 10), ("cait", 10), ("levit", 10), ("vit", 0)])
+def test_every_family_gets_finite_importance(family: str, classes: int, rules: str):
+    table = lrp(subject(rewritten(family, classes), [(images(2, FAMILIES[family][1]), None)], classes, lrp_rules=rules))
     assert all(math.isfinite(share) and share > 0 for share in table.importance.values())
     assert sum(table.importance.values()) == pytest.approx(1)
 
