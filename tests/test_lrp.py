@@ -180,6 +180,14 @@ def test_a_mean_gives_to_the_terms_of_its_own_sign(family: str):
         assert found[:, k].tolist() == pytest.approx([value / sum(own) * float(r[k]) for value in own], rel=1e-4)
 
 
+@pytest.mark.parametrize("family", RULES)
+def test_windows_that_overlap_share_what_their_sum_has(family: str):
+    x, r = normal(1, 4, 9), normal(1, 1, 4, 4, seed=1)  # nine windows of 2 x 2, each a step from the next
+    (found,) = RULES[family][aten.col2im.default](step_of(aten.col2im.default, (x, [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])), r)
+    assert torch.allclose(found.sum(), r.sum(), rtol=1e-4)
+    assert float(found[0, 0, 0]) == pytest.approx(float(r[0, 0, 0, 0]), rel=1e-4)  # the corner has one window alone
+
+
 def test_attnlrps_softmax_is_the_first_order_expansion():
     x, r = normal(3, 4), normal(3, 4, seed=1)
     (found,) = RULES["attnlrp"][aten.softmax.int](step_of(aten.softmax.int, (x, -1)), r)

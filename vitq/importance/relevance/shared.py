@@ -22,7 +22,7 @@ MOVING = (BIJECTIVE | PARTIAL) | {
     aten.gather.default, aten.take_along_dim.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default,
     aten.repeat_interleave.self_int, aten.repeat_interleave.self_Tensor, aten.reflection_pad1d.default, aten.reflection_pad2d.default,
-    aten.replication_pad2d.default, aten.col2im.default, aten.unfold_copy.default, aten.as_strided.default, aten.diagonal.default,
+    aten.replication_pad2d.default, aten.unfold_copy.default, aten.as_strided.default, aten.diagonal.default,
     aten.tril.default, aten.triu.default, aten.channel_shuffle.default, aten.type_as.default, aten.to.dtype, aten.to.device,
     aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.meshgrid.indexing, aten.broadcast_tensors.default,
     aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.squeeze.dims, aten.movedim.int, aten.moveaxis.int,
@@ -33,7 +33,7 @@ MOVING = (BIJECTIVE | PARTIAL) | {
 PASSING = NORMS | SOFTMAXES | ACTIVATIONS | {
     aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.tanh.default, aten.hardsigmoid.default,
     aten.softplus.default, aten.prelu.default, aten.selu.default, aten.celu.default, aten.log_sigmoid.default, aten.erf.default,
-    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardshrink.default, aten.softshrink.default,
+    aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default, aten.hardshrink.default, aten.softshrink.default,
     aten.pow.Tensor_Scalar, aten.square.default, aten.sqrt.default, aten.abs.default, aten.exp.default, aten.log.default,
     aten.log1p.default, aten.expm1.default, aten.sin.default, aten.cos.default,
 }  # fmt: skip
@@ -47,6 +47,7 @@ SUMS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 POOLS = {
     aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.avg_pool1d.default, aten.avg_pool2d.default,
     aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default,
+    aten.col2im.default,
 }  # fmt: skip
 """Weighted sums of their input whose weights are positive numbers."""
 
