@@ -25,7 +25,7 @@ from vitq.importance import METRICS, MetricOptions, Subject
 from vitq.importance.costs import falling
 from vitq.importance.fisher import operand_traces, squared_gradients
 from vitq.importance.lampq import fisher_traces, probed_layers, type_scales
-from vitq.importance.mix_qvit import combine, mix_qvit
+from vitq.importance.mix_qvit import combine
 from vitq.importance.nuclear import module_norms, module_of
 from vitq.ranges import activation_qparams, fold, weight_ranges
 from vitq.rewrites import rewrite
@@ -403,5 +403,4 @@ def test_relevance_weights_the_sensitivity():
     assert np.mean([costs[0] for costs in even.tied.values()]) == pytest.approx(1.0)
     indifferent = combine(measured, relevance, eta=0.0)
     assert all(np.allclose(indifferent.tied[name], even.tied[name]) for name in names)
-    table = measured.model_copy(update={"importance": relevance})
-    assert mix_qvit(lambda _: table, subject_of()) == found
+    assert table_of("mix-qvit") == combine(measured, table_of("lrp").importance)
