@@ -2,9 +2,11 @@
 
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from allocation_problems import Problem, deit, make_layer, make_profile, make_table, plain_sizes
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 import vitq.allocation.solver as solver
 from vitq.allocation import allocate
 from vitq.allocation.choices import Choice, ChoiceTree
+from vitq.allocation.highs import Program
 from vitq.allocation.solver import Row, solve
 from vitq.artifacts import Profile, dump
 from vitq.errors import BudgetError
@@ -170,17 +173,19 @@ def test_one_unit_beyond_an_enormous_budget_is_too_much() -> None:
 
 
 def test_a_solution_that_breaks_a_budget_is_excluded_and_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HiGHS is handed no budget rows at all at first: only the exact check stands between that and a wrong plan."""
-    whole, asked = solver._constraints, []
+    """HiGHS is handed no budget rows at all: only the exact check stands between that and a wrong plan."""
+    whole, asked = solver.search, []
 
-    def without_budgets(tree: Any, costs: Any, rows: Any, taken: Any, excluded: Any) -> Any:
-        asked.append(excluded[:])
-        return whole(tree, costs, [], taken, excluded)
+    def without_budgets(program: Program, *options: Any) -> Any:
+        asked.append(program.matrix.shape[0])
+        upper = program.upper.copy()
+        upper[3] = np.inf
+        return whole(replace(program, upper=upper), *options)
 
-    monkeypatch.setattr(solver, "_constraints", without_budgets)
+    monkeypatch.setattr(solver, "search", without_budgets)
     solution = solve(line(3), [3.0, 0.0, 2.0, 0.0, 1.5, 0.0], [Row((0, 1, 0, 1, 0, 1), 1)])
     assert solution is not None and solution.taken == (1, 2, 4)
-    assert max(len(excluded) for excluded in asked) > 2
+    assert max(asked) > 3 + 1 + 2, "no plan was excluded"
 
 
 def test_costs_that_are_all_the_same_or_zero_are_solved() -> None:

@@ -40,8 +40,8 @@ LIBRARIES = {
     "timm": {"models", "images"},
     "torchvision": {"images"},
     "PIL": {"images"},
-    "cvxpy": {"allocation"},
     "highspy": {"allocation"},
+    "matplotlib": {"allocation"},
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
@@ -59,9 +59,10 @@ IMPORT_CALLS = ("import_module", "importlib.import_module", "__import__")
 
 
 def dependencies() -> set[str]:
-    """The distributions that pyproject.toml requires, as import names."""
+    """The distributions that pyproject.toml requires, extras for users included, as import names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in project["dependencies"]}
+    required = project["dependencies"] + project["optional-dependencies"]["plots"]
+    return {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in required}
 
 
 def faults(file: str, source: str, required: frozenset[str] = frozenset(dependencies())) -> list[str]:
@@ -178,7 +179,7 @@ def test_source_keeps_the_rules():
         ("vitq/allocation/solver.py", "def f():\n    import torch.nn", "solver.py:2: allocation imports torch, which"),
         ("vitq/artifacts.py", "from torch import Tensor", "artifacts imports torch"),
         ("vitq/graph/layers.py", "import timm", "graph imports timm, which is allowed in: images, models"),
-        ("vitq/trials/refine.py", "import cvxpy", "trials imports cvxpy, which is allowed in: allocation"),
+        ("vitq/trials/refine.py", "import highspy", "trials imports highspy, which is allowed in: allocation"),
         ("vitq/evaluate.py", "import onnx", "evaluate imports onnx, which is allowed in: export"),
         ("vitq/calibration/fast.py", "import onnxruntime", "which is allowed in: bench, doctor, evaluate, export"),
         ("vitq/images.py", "from rich.progress import track", "images imports rich, which is allowed in: cli, report"),
@@ -205,7 +206,7 @@ def test_finds_planted_faults(file: str, source: str, fault: str):
     ("file", "source"),
     [
         ("vitq/ranges.py", "import math\nimport numpy as np\nimport torch\nfrom vitq import __version__\nfrom vitq.affine import quantize"),
-        ("vitq/allocation/__init__.py", "import cvxpy\nfrom vitq.allocation.solver import solve\nfrom . import budgets"),
+        ("vitq/allocation/__init__.py", "import highspy\nfrom vitq.allocation.solver import solve\nfrom . import budgets"),
         ("vitq/images.py", "from PIL import Image\nimport timm.data\nfrom vitq.errors import InputError"),
         ("vitq/models.py", "import torch\nmodel.eval()\ntorch.load(path, weights_only=True)\npattern.exec()"),
         ("vitq/__init__.py", "from importlib import import_module\nimport_module(name)"),
@@ -226,7 +227,7 @@ def test_reads_every_file(tmp_path: Path):
 
 @pytest.mark.parametrize("module", ["vitq", "vitq.errors", "vitq.artifacts", "vitq.allocation", "vitq.cli.app"])
 def test_imports_without_torch(module: str):
-    heavy = {"torch", "timm", "onnx", "onnxruntime", "onnxscript"} | ({"cvxpy"} if module != "vitq.allocation" else set())
+    heavy = {"torch", "timm", "onnx", "onnxruntime", "onnxscript"} | ({"highspy"} if module != "vitq.allocation" else set())
     assert not loaded_by(f"import {module}") & heavy
 
 
