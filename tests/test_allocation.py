@@ -37,7 +37,7 @@ def test_the_report_of_uniform_bits_by_hand() -> None:
     report = allocation.report
     assert set(report) == {
         *("average_weight_bits", "average_activation_bits", "average_weight_bits_all", "average_activation_bits_all", "size_bytes", "bops"),
-        *("objective", "bound", "gap", "status", "solve_seconds", "relative_to_uniform"),
+        *("objective", "bound", "gap", "status", "solve_seconds", "relative_to_uniform", "shadow_prices"),
     }
     assert (report["average_weight_bits"], report["average_activation_bits"]) == (4, 6)
     assert report["average_weight_bits_all"] == pytest.approx((150 * 8 + 400 * 4) / 550)
@@ -190,7 +190,7 @@ def test_layers_of_one_tensor_share_their_activation_bits() -> None:
 def test_fixed_layers_keep_their_bits_and_later_ones_win() -> None:
     allocation = allocate(PROFILE, ["3.0"], fixed=["*=6", "b.*=2/4", "b.q*=3/4", "embed=8"])
     assert widths(allocation) == {"embed": (8, 8), "b.q": (3, 4), "b.k": (2, 4), "b.qk": (None, 4), "head": (6, 6)}
-    assert allocation.plan.fixed == ("embed", "b.q", "b.k", "b.qk", "head")
+    assert allocation.plan.fixed == ("b.k", "b.q", "b.qk", "embed", "head")
     assert allocation.report["average_weight_bits"] is None, "no layer is searched"
     assert allocate(PROFILE, ["3.0"]).plan.fixed == ("embed", "head")
 
@@ -281,10 +281,10 @@ def test_the_first_metric_is_the_default_and_another_can_be_asked_for() -> None:
         allocate(profile.model_copy(update={"costs": {}}), ["4.0"])
 
 
-def test_the_plan_keeps_the_order_of_the_graph_and_the_report_but_for_seconds() -> None:
+def test_the_plan_is_in_order_of_name_and_keeps_the_report_but_for_seconds() -> None:
     allocation = allocate(PROFILE, ["4.0", "size=9KB"], bits_apart=True)
     plan = allocation.plan
-    assert [(entry.name, entry.type) for entry in plan.layers] == [(layer.name, layer.type) for layer in LAYERS]
+    assert [(entry.name, entry.type) for entry in plan.layers] == sorted((layer.name, layer.type) for layer in LAYERS)
     plan.check(LAYERS)
     assert plan.summary == {key: value for key, value in allocation.report.items() if key != "solve_seconds"}
     assert plan.model == PROFILE.model
@@ -292,6 +292,7 @@ def test_the_plan_keeps_the_order_of_the_graph_and_the_report_but_for_seconds() 
         "images": "here",
         "allocation": {
             "metric": "random",
+            "objective": "sum",
             "budgets": ["4.0", "size=9KB"],
             "uniform": None,
             "bits": list(BITS),

@@ -201,7 +201,7 @@ class LayerBits(Value):
 
 
 class BitPlan(Value):
-    """The chosen widths of every layer, in the order of the graph. `summary` is recomputed on use, never trusted."""
+    """The chosen widths of every layer, in any order (`vitq allocate`: by name). `summary` is recomputed on use, never trusted."""
 
     format: Literal["vitq-plan/1"] = "vitq-plan/1"
     model: ModelSpec

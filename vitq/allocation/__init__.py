@@ -1,12 +1,13 @@
 """Which layer gets how many bits: the cheapest plan that the budgets allow, with a certificate.
 
     profile ─ settle (fixed layers, shared tensors) ─ choice tree ─┐
-    --metric ─ cost table ─ objective (prices) ────────────────────┼─ solver ─ plan + report
+    --metric ─ cost table ─ objective (prices) ────────────────────┼─ solver ─ plan + report (proof, shadow prices)
     --budget ─ sums of exact integers with limits ─────────────────┘
 
 Needs no torch, so that a plan can be made anywhere.
 """
 
 from vitq.allocation.allocate import Allocation, allocate
+from vitq.allocation.pareto import as_json, draw, pareto
 
-__all__ = ["Allocation", "allocate"]
+__all__ = ["Allocation", "allocate", "as_json", "draw", "pareto"]

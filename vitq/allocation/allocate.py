@@ -3,14 +3,19 @@
 A metric's costs are all that is known about the model here. Left out: measuring anything; a plan's cost is what the metric predicts.
 """
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vitq.allocation.budgets import ACCEPTED, Budget, parse_budget, total
 from vitq.allocation.choices import ChoiceTree, Scope, Widths, choice_tree, parse_widths, settle
-from vitq.allocation.objectives import OBJECTIVES, Price
+from vitq.allocation.objectives import GAMMA, OBJECTIVES, Objective
+from vitq.allocation.pairwise import Products, solve_with_products
+from vitq.allocation.presets import find_preset
+from vitq.allocation.shadow import shadow_prices
 from vitq.allocation.solver import Row, Solution, reduce, solve
 from vitq.allocation.summary import summarize
 from vitq.artifacts import BitPlan, CostTable, LayerBits, Profile
@@ -25,6 +30,45 @@ class Allocation:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Search:
+    """What is chosen from and what is minimised: all of an allocation but its budgets.
+
+    `metric`, `objective_name`, `candidates` and `gamma` are what the options, or a preset, came to. `costs` has one number an option of
+    `tree`; `products` what pairs of choices cost together.
+    """
+
+    profile: Profile
+    scope: Scope
+    metric: str
+    objective_name: str
+    gamma: float
+    candidates: tuple[int, ...]
+    bits_apart: bool
+    objective: Objective
+    tree: ChoiceTree
+    costs: tuple[float, ...]
+    products: Products
+
+    @property
+    def unit(self) -> str:
+        """What the objective is in."""
+        return self.profile.costs[self.metric].unit
+
+    def solve(self, budgets: Sequence[Budget], gap: float | None = None) -> Solution | None:
+        """The cheapest options within the budgets; None where there are none."""
+        rows = [Row(tuple(total(budget.amount, option) for option in self.tree.options), budget.limit) for budget in budgets]
+        if any(reduce(self.tree, row.amounts)[1] > row.limit for row in rows):
+            return None
+        if self.products:
+            return solve_with_products(self.tree, self.costs, self.products, rows, gap)
+        return solve(self.tree, self.costs, rows, gap)
+
+    def widths(self, solution: Solution) -> tuple[Widths, ...]:
+        """The widths of every layer in a solution."""
+        return tuple(entry for option in solution.taken for entry in self.tree.options[option])
+
+
 def allocate(
     profile: Profile,
     budgets: Sequence[str] = (),
@@ -34,20 +78,28 @@ def allocate(
     bits: Sequence[int] | None = None,
     bits_apart: bool = False,
     fixed: Sequence[str] = (),
+    objective: str | None = None,
+    gamma: float | None = None,
+    preset: str | None = None,
+    gap: float | None = None,
 ) -> Allocation:
-    """Chooses the bits of every layer: the least predicted increase of the loss that meets all budgets, proven so.
+    """Chooses the bits of every layer: the least predicted increase of the loss that meets all budgets, with a proof of how good it is.
 
     Args:
         profile: the layers and what their bits cost.
         budgets: "4.0", "4.0/8.0", "size=3.2MB", "bops=1.5G" or "like=4"; all must hold.
         uniform: "4" or "4/8" in place of budgets: every searched layer at these bits, no search.
-        metric: the cost table to minimise; by default the profile's first.
-        bits: candidate widths, a part of the table's; by default all of them.
+        metric: the cost table to minimise; by default the preset's, else the profile's first.
+        bits: candidate widths, a part of the table's; by default the preset's, else all of them.
         bits_apart: whether a weight and its layer's input may differ in bits.
         fixed: 'GLOB=8' or 'GLOB=4/8': layers that keep these bits; patch embedding and head are at 8 unless given here.
+        objective: a name in `OBJECTIVES`; by default the preset's, else `sum`.
+        gamma: by how much one bit more divides a cost, above 1, for the objective `gamma`; by default 4.
+        preset: a name in `PRESETS`, what a paper does.
+        gap: (objective - bound) / |objective| at which to stop, however long that takes; by default 0, unless that takes too much work.
 
     Returns:
-        The plan, its layers in the order of the profile, and the report. `objective`, `bound` are in the unit of the table.
+        The plan, its layers sorted by name (blocks.2 before blocks.10), and the report. `objective`, `bound` are in the unit of the table.
 
     Raises:
         UsageError: an option that is not understood, names nothing, or asks for a width without a cost.
@@ -57,31 +109,94 @@ def allocate(
     if bool(budgets) == (uniform is not None):
         given = "both budgets and a uniform width were" if budgets else "neither a budget nor a uniform width was"
         raise UsageError(f"{given} given; {ACCEPTED} with --budget, or --uniform 4 for no search")
-    if not profile.layers:
-        raise InputError("the profile has no layers; run `vitq profile MODEL --images PATH` on a model that has some")
-    name, table = _table(profile, metric)
-    candidates = _candidates(table, bits, name)
-    scope = settle(profile.layers, fixed)
-    price = OBJECTIVES["sum"](table, bits_apart)
+    search = lay_out(profile, budgets, metric, bits, bits_apart, fixed, objective, gamma, preset)
     if uniform is not None:
-        widths = scope.uniform(*parse_widths(uniform, "--uniform"))
-        objective = math.fsum(price(*entry) for entry in widths)
-        solution = Solution((), objective, objective, "uniform", 0.0)
+        widths = search.scope.uniform(*parse_widths(uniform, "--uniform"))
+        value = search.objective.total(widths)
+        solution, prices = Solution((), value, value, "uniform", 0.0), []
     else:
-        tree = choice_tree(scope, candidates, bits_apart)
-        limits = [budget for text in budgets for budget in parse_budget(text, scope, profile.rest_bytes)]
-        solution = _cheapest(tree, price, limits, candidates)
-        widths = tuple(entry for option in solution.taken for entry in tree.options[option])
+        limits = [budget for text in budgets for budget in parse_budget(text, search.scope, profile.rest_bytes)]
+        solution = search.solve(limits, gap)
+        if solution is None:
+            raise BudgetError(_out_of_reach(search, limits))
+        widths = search.widths(solution)
+        priced = list(zip(limits, solution.prices, strict=True))
+        prices = shadow_prices(search.scope, widths, priced, search.objective, search.candidates, bits_apart, search.unit)
     certificate = {
         "objective": solution.objective,
         "bound": solution.bound,
         "gap": (solution.objective - solution.bound) / max(abs(solution.objective), 1e-12),
         "status": solution.status,
+        "shadow_prices": prices,
     }
-    summary = summarize(scope, widths, profile.rest_bytes, budgets) | certificate
-    asked = {"metric": name, "budgets": list(budgets), "uniform": uniform, "bits": candidates, "bits_apart": bits_apart}
-    asked["fixed"] = list(fixed)
-    return Allocation(_plan(profile, scope, widths, summary, asked), summary | {"solve_seconds": solution.seconds})
+    summary = summarize(search.scope, widths, profile.rest_bytes, budgets) | certificate
+    asked = {"metric": search.metric, "objective": search.objective_name, "budgets": list(budgets), "uniform": uniform}
+    asked |= {"bits": list(search.candidates), "bits_apart": bits_apart, "fixed": list(fixed)}
+    asked |= {"gamma": search.gamma} if search.objective_name == "gamma" else {}
+    asked |= {"preset": preset} if preset is not None else {}
+    return Allocation(_plan(profile, search.scope, widths, summary, asked), summary | {"solve_seconds": solution.seconds})
+
+
+def lay_out(
+    profile: Profile,
+    budgets: Sequence[str] = (),
+    metric: str | None = None,
+    bits: Sequence[int] | None = None,
+    bits_apart: bool = False,
+    fixed: Sequence[str] = (),
+    objective: str | None = None,
+    gamma: float | None = None,
+    preset: str | None = None,
+) -> Search:
+    """The options that are left and what they cost; arguments and errors as those of `allocate`."""
+    if not profile.layers:
+        raise InputError("the profile has no layers; run `vitq profile MODEL --images PATH` on a model that has some")
+    if preset is not None:
+        paper = find_preset(preset, profile.costs, metric)
+        metric, objective = metric or paper.metric, objective or paper.objective
+        bits = bits if bits is not None else paper.bits(budgets)
+    name, table = _table(profile, metric)
+    objective = "sum" if objective is None else objective
+    if objective not in OBJECTIVES:
+        raise UsageError(f"objective {objective!r} is not known; give one of {', '.join(OBJECTIVES)}")
+    if gamma is not None and not 1 < gamma < 1e6:
+        raise UsageError(f"--gamma {gamma:g} cannot be used: it is by how much a bit divides the cost; give a number above 1, such as 4")
+    if gamma is not None and objective != "gamma":
+        raise UsageError(f"--gamma has no meaning for objective {objective!r}; leave it out or give --objective gamma")
+    gamma = GAMMA if gamma is None else gamma
+    candidates = _candidates(table, bits, name)
+    scope = settle(profile.layers, fixed)
+    minimised = OBJECTIVES[objective](table, bits_apart, gamma)
+    tree = choice_tree(scope, candidates, bits_apart)
+    inside, products = _products(tree, minimised)
+    # A sum over the layers of one option, each exactly once, so that its rounding does not depend on the profile's order.
+    costs = [Objective(minimised.price, inside.get(at, {})).total(option) for at, option in enumerate(tree.options)]
+    return Search(profile, scope, name, objective, gamma, tuple(candidates), bits_apart, minimised, tree, tuple(costs), products)
+
+
+def _products(tree: ChoiceTree, objective: Objective) -> tuple[dict[int, dict[Any, Any]], Products]:
+    """The pairs of layers by where they meet: (within one option, the pairs that it pays; between choices, their tables)."""
+    if not objective.pairs:
+        return {}, {}
+    home = {entry.layer.name: at for at, choice in enumerate(tree.choices) for entry in tree.options[choice.options[0]]}
+    inside: dict[int, dict[Any, Any]] = {}
+    products: dict[tuple[int, int], np.ndarray] = {}
+    for (first, second), price in sorted(objective.pairs.items()):
+        if home[first] == home[second]:
+            for option in tree.choices[home[first]].options:
+                inside.setdefault(option, {})[first, second] = price
+            continue
+        bits = {
+            layer: [
+                next(e.activation_bits for e in tree.options[option] if e.layer.name == layer)
+                for option in tree.choices[home[layer]].options
+            ]
+            for layer in (first, second)
+        }
+        together = np.array([[price(one, other) for other in bits[second]] for one in bits[first]])
+        key, together = ((home[first], home[second]), together) if home[first] < home[second] else ((home[second], home[first]), together.T)
+        products[key] = products.get(key, 0.0) + together
+    return inside, products
 
 
 def _table(profile: Profile, metric: str | None) -> tuple[str, CostTable]:
@@ -106,24 +221,18 @@ def _candidates(table: CostTable, bits: Sequence[int] | None, metric: str) -> li
     return candidates
 
 
-def _cheapest(tree: ChoiceTree, price: Price, budgets: Sequence[Budget], candidates: Sequence[int]) -> Solution:
-    rows = [Row(tuple(total(budget.amount, option) for option in tree.options), budget.limit) for budget in budgets]
-    reachable = [_reachable(tree, row) for row in rows]
+def _out_of_reach(search: Search, budgets: Sequence[Budget]) -> str:
+    """What to say where no plan meets the budgets."""
+    rows = [Row(tuple(total(budget.amount, option) for option in search.tree.options), budget.limit) for budget in budgets]
+    reachable = [_reachable(search.tree, row) for row in rows]
     missed = [budget for budget, (smallest, _) in zip(budgets, reachable, strict=True) if smallest > budget.limit]
-    # A sum over the layers of one option, each exactly once, so that its rounding does not depend on the profile's order.
-    costs = [math.fsum(price(*entry) for entry in option) for option in tree.options]
-    solution = None if missed else solve(tree, costs, rows)
-    if solution is None:
-        ranges = "; ".join(
-            f"{budget.quantity} of {budget.text!r}: {budget.show(smallest)} to {budget.show(largest)}"
-            for budget, (smallest, largest) in zip(budgets, reachable, strict=True)
-        )
-        what = f"budget {missed[0].text!r} cannot be met" if missed else "each budget can be met alone, but not all together"
-        given = ",".join(map(str, candidates))
-        raise BudgetError(
-            f"{what}; with bits {given} and the fixed layers, reachable are: {ranges}; raise the budget or change --bits or --fixed"
-        )
-    return solution
+    ranges = "; ".join(
+        f"{budget.quantity} of {budget.text!r}: {budget.show(smallest)} to {budget.show(largest)}"
+        for budget, (smallest, largest) in zip(budgets, reachable, strict=True)
+    )
+    what = f"budget {missed[0].text!r} cannot be met" if missed else "each budget can be met alone, but not all together"
+    given = ",".join(map(str, search.candidates))
+    return f"{what}; with bits {given} and the fixed layers, reachable are: {ranges}; raise the budget or change --bits or --fixed"
 
 
 def _reachable(tree: ChoiceTree, row: Row) -> tuple[int, int]:
@@ -132,7 +241,16 @@ def _reachable(tree: ChoiceTree, row: Row) -> tuple[int, int]:
 
 
 def _plan(profile: Profile, scope: Scope, widths: Sequence[Widths], summary: dict[str, Any], asked: dict[str, Any]) -> BitPlan:
-    chosen = {layer.name: {"weight_bits": weight, "activation_bits": activation} for layer, weight, activation in widths}
-    layers = tuple(LayerBits.model_validate({"name": layer.name, "type": layer.type} | chosen[layer.name]) for layer in profile.layers)
-    fixed = tuple(layer.name for layer in profile.layers if layer.name in scope.fixed)
+    """The plan, in an order that depends on nothing but the names of the layers."""
+    ordered = sorted(widths, key=lambda entry: in_words_and_numbers(entry.layer.name))
+    layers = tuple(
+        LayerBits.model_validate({"name": layer.name, "type": layer.type, "weight_bits": weight_bits, "activation_bits": activation_bits})
+        for layer, weight_bits, activation_bits in ordered
+    )
+    fixed = tuple(entry.name for entry in layers if entry.name in scope.fixed)
     return BitPlan(model=profile.model, layers=layers, fixed=fixed, summary=summary, made_from=profile.made_from | {"allocation": asked})
+
+
+def in_words_and_numbers(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A key that sorts blocks.2 before blocks.10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)], name

@@ -82,7 +82,7 @@ def solve(tree: ChoiceTree, costs: Sequence[float], rows: Sequence[Row], gap: fl
     """
     start = time.perf_counter()
     reduced, always = reduce(tree, costs)
-    tight = [_tighten(tree, row) for row in rows]
+    tight = [tighten(tree, row) for row in rows]
     core = _Core(tree, np.array(reduced), [row for row, _ in tight if row is not None], always)
     found = core.best(gap)
     if found is None:
@@ -115,7 +115,7 @@ class _Core:
     """The search on growing sets of options; `costs` are reduced ones, `always` what is paid beside them."""
 
     def __init__(self, tree: ChoiceTree, costs: np.ndarray, rows: Sequence[Row], always: float):
-        self.tree, self.costs, self.rows, self.always = tree, costs, rows, always
+        self.tree, self.costs, self.rows, self.always = tree, costs, list(rows), always
         # Above 10^6 a unit is scaled down towards HiGHS's tolerance; the exact check afterwards catches what that lets through.
         self.units = [min(1.0, 1e6 / max(row.amounts)) for row in rows]
         amounts = [[amount * unit for amount in row.amounts] for row, unit in zip(rows, self.units, strict=True)]
@@ -193,7 +193,7 @@ class _Core:
             if found.values is None:
                 return found.bound, found.exhausted
             taken = tuple(int(option) for option in kept[np.round(found.values[: len(kept)]) == 1])
-            if self._meets(taken):
+            if meets(self.tree, self.rows, taken):
                 value = math.fsum(self.costs[list(taken)])
                 if value < self.value:
                     self.taken, self.value = taken, value
@@ -217,17 +217,18 @@ class _Core:
         matrix = scipy.sparse.csr_array(scipy.sparse.vstack(parts))
         return Program(self.costs[kept] / unit, matrix, below, above, len(kept))
 
-    def _meets(self, taken: tuple[int, ...]) -> bool:
-        """Whether one option of each choice is taken and every row holds, in exact integers."""
-        chosen = set(taken)
-        return all(
-            sum(option in chosen for option in choice.options) == (1 if choice.under is None or choice.under in chosen else 0)
-            for choice in self.tree.choices
-        ) and all(sum(row.amounts[option] for option in taken) <= row.limit for row in self.rows)
+
+def meets(tree: ChoiceTree, rows: Sequence[Row], taken: Sequence[int]) -> bool:
+    """Whether one option of each choice is taken and every row holds, in exact integers."""
+    chosen = set(taken)
+    return all(
+        sum(option in chosen for option in choice.options) == (1 if choice.under is None or choice.under in chosen else 0)
+        for choice in tree.choices
+    ) and all(sum(row.amounts[option] for option in taken) <= row.limit for row in rows)
 
 
-def _tighten(tree: ChoiceTree, row: Row) -> tuple[Row | None, int]:
-    """The same row in the smallest integers, and what they were divided by; no row where it always holds."""
+def tighten(tree: ChoiceTree, row: Row) -> tuple[Row | None, int]:
+    """The same row, reduced, in the smallest integers, and what they were divided by; no row where it always holds."""
     amounts, always = reduce(tree, row.amounts)
     _, least_negated = reduce(tree, [-amount for amount in amounts])
     if -least_negated <= row.limit - always:

@@ -7,6 +7,7 @@ the digest that was stored. An option that names a source wins, and then nothing
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from vitq.artifacts import BitPlan, Profile, Value, dump, load_plan, load_profile, refuse_existing
+from vitq.artifacts import BitPlan, Profile, Value, load_plan, load_profile, refuse_existing
 from vitq.cli.options import DEFAULT_NUM_IMAGES
 from vitq.errors import InputError, UsageError
 
@@ -182,8 +183,12 @@ def in_folder(command: str, path: Path, name: str) -> str:
 
 
 def digest_of(profile: Profile) -> str:
-    """What a plan remembers of the profile that it was made from."""
-    return hashlib.sha256(dump(profile).encode()).hexdigest()
+    """What a plan remembers of the profile that it was made from, whatever the order of its layers and costs."""
+    document = profile.model_dump(mode="json")
+    document["layers"].sort(key=lambda layer: layer["name"])
+    for table in document["costs"].values():
+        table["pairs"].sort(key=lambda pair: (pair["first"], pair["second"]))
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def plan_memory(plan: BitPlan, path: Path) -> Memory:

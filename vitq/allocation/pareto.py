@@ -1,0 +1,105 @@
+"""The staircase of optimal plans of one profile: what the least cost is at every average number of bits, and a picture of it.
+
+The options are laid out and priced once; only the limits change from step to step. A step allows an average of k bits of weights and of
+activations alike. Steps are a twentieth of a bit from the smallest to the largest average that is reachable, and the whole widths among
+them; a plan that is no better than the one before is no new step. Each plan is proven within `GAP`.
+Left out: staircases over size or BitOps alone, whose values every step has beside its average.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from vitq.allocation.allocate import Search, in_words_and_numbers, lay_out
+from vitq.allocation.budgets import parse_budget
+from vitq.allocation.choices import Widths
+from vitq.allocation.summary import summarize
+from vitq.artifacts import Profile
+from vitq.errors import UsageError
+
+GAP = 1e-4
+STEP = Fraction(1, 20)
+
+
+def pareto(
+    profile: Profile,
+    *,
+    metric: str | None = None,
+    bits: Sequence[int] | None = None,
+    bits_apart: bool = False,
+    fixed: Sequence[str] = (),
+    objective: str | None = None,
+    gamma: float | None = None,
+    preset: str | None = None,
+) -> dict[str, Any]:
+    """The best plan for each average of bits.
+
+    Arguments and errors are those of `allocate`, which has the budgets beside them; a preset without a budget takes all widths.
+
+    Returns:
+        A JSON document: `plans`, cheapest budget first, each with `budget` (average bits), `average_weight_bits`,
+        `average_activation_bits`, `size_bytes`, `bops`, `objective`, `bound`, `gap` and `layers` (name -> [weight bits, activation bits]);
+        and `uniform`, the same for equal bits everywhere without a proof. `unit` is that of the objective.
+    """
+    search = lay_out(profile, (), metric, bits, bits_apart, fixed, objective, gamma, preset)
+    plans: list[dict[str, Any]] = []
+    for average in _averages(search):
+        text = f"{float(average):.2f}"
+        solution = search.solve(parse_budget(text, search.scope, profile.rest_bytes), GAP)
+        if solution is not None and (not plans or solution.objective < plans[-1]["objective"]):
+            proof = {"bound": solution.bound, "gap": (solution.objective - solution.bound) / max(abs(solution.objective), 1e-12)}
+            plans.append(_entry(search, float(average), search.widths(solution), solution.objective) | proof)
+    levels = [(width, search.scope.uniform(width, width)) for width in search.candidates]
+    uniform = [_entry(search, width, widths, search.objective.total(widths)) for width, widths in levels]
+    named = {"metric": search.metric, "objective": search.objective_name, "unit": search.unit, "bits_apart": bits_apart}
+    return {"format": "vitq-pareto/1"} | named | {"plans": plans, "uniform": uniform}
+
+
+def draw(staircase: dict[str, Any], kind: str) -> bytes:
+    """A picture of the staircase, `kind` svg or png: predicted cost over average bits, beside uniform bits.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("the plot needs matplotlib, which is not installed; run `pip install 'vitq[plots]'`") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    at, height = ([plan[key] for plan in staircase["plans"]] for key in ("budget", "objective"))
+    axes.step(at, height, where="post", label="optimal")
+    axes.plot(*([plan[key] for plan in staircase["uniform"]] for key in ("budget", "objective")), "o--", label="uniform")
+    positive = all(plan["objective"] > 0 for plan in staircase["plans"] + staircase["uniform"])
+    axes.set_yscale("log" if positive else "linear")
+    axes.set_xlabel("average bits allowed, weights and activations")
+    axes.set_ylabel(f"predicted loss, {staircase['metric']} ({staircase['unit']})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    # No date and no random ids, so that equal staircases have equal pictures.
+    with matplotlib.rc_context({"svg.hashsalt": "vitq"}):
+        figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return picture.getvalue()
+
+
+def as_json(staircase: dict[str, Any]) -> str:
+    """The document as text, byte-identical for equal staircases."""
+    return json.dumps(staircase, indent=1, allow_nan=False) + "\n"
+
+
+def _averages(search: Search) -> list[Fraction]:
+    """The steps from the narrowest candidate to the widest; widths that a fixed layer imposes on others may lie beyond it."""
+    first, last = search.candidates[0], max(search.candidates[-1], *search.scope.imposed.values(), 0)
+    return [first + step * STEP for step in range(int((last - first) / STEP) + 1)]
+
+
+def _entry(search: Search, budget: float, widths: Sequence[Widths], objective: float) -> dict[str, Any]:
+    summary = summarize(search.scope, widths, search.profile.rest_bytes, [])
+    kept = {key: summary[key] for key in ("average_weight_bits", "average_activation_bits", "size_bytes", "bops")}
+    ordered = sorted(widths, key=lambda entry: in_words_and_numbers(entry.layer.name))
+    layers = {layer.name: [weight_bits, activation_bits] for layer, weight_bits, activation_bits in ordered}
+    return {"budget": budget} | kept | {"objective": objective, "layers": layers}
