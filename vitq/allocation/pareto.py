@@ -1,7 +1,7 @@
 """The staircase of optimal plans of one profile: what the least cost is at every average number of bits, and a picture of it.
 
 The options are laid out and priced once; only the limits change from step to step. A step allows an average of k bits of weights and of
-activations alike. Steps are a twentieth of a bit from the smallest to the largest average that is reachable, and the whole widths among
+activations alike. Steps are a tenth of a bit from the smallest to the largest average that is reachable, and the whole widths among
 them; a plan that is no better than the one before is no new step. Each plan is proven within `GAP`.
 Left out: staircases over size or BitOps alone, whose values every step has beside its average.
 """
@@ -19,8 +19,8 @@ from vitq.allocation.summary import summarize
 from vitq.artifacts import Profile
 from vitq.errors import UsageError
 
-GAP = 1e-4
-STEP = Fraction(1, 20)
+GAP = 1e-3
+STEP = Fraction(1, 10)
 
 
 def pareto(
