@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from vitq.allocation.budgets import ACCEPTED, Budget, parse_budget, total
+from vitq.allocation.budgets import ACCEPTED, Budget, average_limits, parse_budget, total
 from vitq.allocation.choices import ChoiceTree, Scope, Widths, choice_tree, parse_widths, settle
+from vitq.allocation.choices import paper_parity as papers_fixed
 from vitq.allocation.objectives import GAMMA, OBJECTIVES, Objective
 from vitq.allocation.pairwise import Products, solve_with_products
 from vitq.allocation.presets import find_preset
 from vitq.allocation.shadow import shadow_prices
 from vitq.allocation.solver import Row, Solution, reduce, solve
 from vitq.allocation.summary import summarize
-from vitq.artifacts import BitPlan, CostTable, LayerBits, Profile
+from vitq.artifacts import WIDTHS, BitPlan, CostTable, LayerBits, Profile
 from vitq.errors import BudgetError, InputError, UsageError
 
 
@@ -82,6 +83,7 @@ def allocate(
     gamma: float | None = None,
     preset: str | None = None,
     gap: float | None = None,
+    paper_parity: bool = False,
 ) -> Allocation:
     """Chooses the bits of every layer: the least predicted increase of the loss that meets all budgets, with a proof of how good it is.
 
@@ -97,6 +99,8 @@ def allocate(
         gamma: by how much one bit more divides a cost, above 1, for the objective `gamma`; by default 4.
         preset: a name in `PRESETS`, what a paper does.
         gap: (objective - bound) / |objective| at which to stop, however long that takes; by default 0, unless that takes too much work.
+        paper_parity: patch embedding and head not at 8 bits but as the post-training papers have them (`choices.paper_parity`), at the
+            whole bits of the uniform width, of the average or of `like=`; `fixed` wins.
 
     Returns:
         The plan, its layers sorted by name (blocks.2 before blocks.10), and the report. `objective`, `bound` are in the unit of the table.
@@ -109,6 +113,8 @@ def allocate(
     if bool(budgets) == (uniform is not None):
         given = "both budgets and a uniform width were" if budgets else "neither a budget nor a uniform width was"
         raise UsageError(f"{given} given; {ACCEPTED} with --budget, or --uniform 4 for no search")
+    if paper_parity:
+        fixed = [*papers_fixed(*_nominal(budgets, uniform), profile.layers), *fixed]
     search = lay_out(profile, budgets, metric, bits, bits_apart, fixed, objective, gamma, preset)
     if uniform is not None:
         widths = search.scope.uniform(*parse_widths(uniform, "--uniform"))
@@ -197,6 +203,17 @@ def _products(tree: ChoiceTree, objective: Objective) -> tuple[dict[int, dict[An
         key, together = ((home[first], home[second]), together) if home[first] < home[second] else ((home[second], home[first]), together.T)
         products[key] = products.get(key, 0.0) + together
     return inside, products
+
+
+def _nominal(budgets: Sequence[str], uniform: str | None) -> tuple[int, int]:
+    """The whole (weight, activation) bits that the options speak of."""
+    if uniform is not None:
+        return parse_widths(uniform, "--uniform")
+    asked = average_limits([text.removeprefix("like=") for text in budgets])
+    levels = [min(int(level), WIDTHS[-1]) for level in asked if level is not None and level >= WIDTHS[0]]
+    if len(levels) < 2:
+        raise UsageError("--paper-parity needs to know the bits that patch embedding and head have; give --uniform 4, like=4 or an average")
+    return levels[0], levels[1]
 
 
 def _table(profile: Profile, metric: str | None) -> tuple[str, CostTable]:

@@ -93,6 +93,15 @@ def settle(layers: Sequence[Layer], fixed: Sequence[str]) -> Scope:
     return Scope(tuple(layers), widths, groups, _imposed(groups, widths))
 
 
+def paper_parity(weight_bits: int, activation_bits: int, layers: Iterable[Layer]) -> list[str]:
+    """What post-training papers fix, in words of `settle`: the head at the plan's own bits, the patch embedding too but for its image.
+
+    The image is read at 8 bits (RepQ-ViT, AdaLog, FIMA-Q), so a patch embedding has the plan's weight bits only.
+    """
+    settings = {"patch_embed": f"{weight_bits}/8", "head": f"{weight_bits}/{activation_bits}"}
+    return [f"{layer.name}={settings[layer.type]}" for layer in layers if layer.type in settings]
+
+
 def parse_widths(text: str, given: str) -> tuple[int, int]:
     """Reads '4' or '4/8' as (weight bits, activation bits); `given` names the option in the UsageError for anything else."""
     first, slash, second = text.partition("/")

@@ -1,16 +1,25 @@
 """`vitq allocate`: the cheapest plan that the budgets allow, into plan.json."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitq.artifacts import Profile, load_profile, refuse_existing, save, write_whole
 from vitq.cli import options
-from vitq.cli.chain import PLAN, PROFILE, digest_of, in_folder, output_path, run_folder
+from vitq.cli.chain import PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal, in_units
 from vitq.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vitq.allocation.allocate import Search
+    from vitq.trials import Audit, Judge, Refinement
+    from vitq.trials.refine import Errors
 
 
 def allocate(
@@ -43,8 +52,23 @@ def allocate(
         list[str] | None,
         typer.Option("--fixed", help="'GLOB=8' or 'GLOB=4/8': layers that keep these bits; repeatable. Patch embedding and head: 8."),
     ] = None,
-    seed: options.UnusedSeed = None,
-    device: options.UnusedDevice = "cpu",
+    paper_parity: Annotated[
+        bool,
+        typer.Option("--paper-parity", help="Head and patch embedding at the plan's bits, the image at 8, as papers do."),
+    ] = False,
+    refine: Annotated[bool, typer.Option("--refine", help="LampQ's update: bits move in pairs while the measured loss falls.")] = False,
+    audit: Annotated[
+        int, typer.Option("--audit", min=0, help="Measure the plan, so many random ones of its budget and the uniform one.")
+    ] = 0,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The float model, to measure with. (default: the one that was profiled)")
+    ] = None,
+    images: options.RememberedImages = None,
+    num_images: options.NumImages = None,
+    seed: options.Seed = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
     run_dir: options.RunDir = None,
     output: options.Output = None,
     force: options.Force = False,
@@ -60,6 +84,7 @@ def allocate(
     widths = options.parse_bits(bits)
     found = load_profile(profile or folder / PROFILE)
     from vitq.allocation import allocate as choose
+    from vitq.allocation import lay_out
 
     wanted = {"metric": metric, "bits": widths, "bits_apart": bits_apart, "fixed": fixed or (), "objective": objective, "gamma": gamma}
     wanted["preset"] = preset
@@ -69,13 +94,63 @@ def allocate(
             terminal.result(staircase, *lines)
             return
         terminal.note("\n".join(lines))
-    chosen = choose(found, budget or (), uniform=uniform, gap=gap, **wanted)
+    chosen = choose(found, budget or (), uniform=uniform, gap=gap, paper_parity=paper_parity, **wanted)
+    measured: list[Any] = []
+    if refine or audit:
+        reading = Reading(images, num_images, seed, batch_size, workers)
+        memory = Memory(found.made_from, profile or folder / PROFILE)
+        wanted["fixed"] = chosen.plan.made_from["allocation"]["fixed"]
+        judge, errors = _judge(lay_out(found, budget or (), **wanted), budget or (), memory, model, reading, device)
+        if refine:
+            chosen, steps = judge.refined(chosen, errors())
+            measured += refinement_lines(steps)
+        if audit:
+            audited = judge.audited(chosen, audit, seed or 0)
+            chosen = replace(chosen, report=chosen.report | {"audit": vars(audited) | {"ratio": audited.ratio}})
+            measured.append(audit_table(audited))
     plan = chosen.plan.model_copy(update={"made_from": chosen.plan.made_from | {"profile": digest_of(found)}})
     save(plan, path, force)
     unit = found.costs[plan.made_from["allocation"]["metric"]].unit
     table = [plan_table(plan, found.layers)] if verbose else []
-    terminal.result(chosen.report, *table, *_lines(chosen.report, unit), f"wrote {path}")
+    terminal.result(chosen.report, *table, *measured, *_lines(chosen.report, unit), f"wrote {path}")
     terminal.next(in_folder("vitq calibrate", path, PLAN))
+
+
+def _judge(
+    search: "Search", budgets: Sequence[str], memory: Memory, model: str | None, reading: Reading, device: str
+) -> "tuple[Judge, Callable[[], Errors]]":
+    """What plans are measured with: quantizers fitted to the profile's images, losses on others of the same source where it has others."""
+    options.usable_device(device)
+    from vitq.trials import Judge, Trials, layer_errors
+
+    loaded = memory.model(model, "--model")
+    fitting, source = memory.images(reading, loaded.data_config, loaded.label_names)
+    held_out, _ = memory.images(replace(reading, seed=source.seed + 1), loaded.data_config, loaded.label_names)
+    trials = Trials.of(loaded, fitting, held_out, device)
+    judge = Judge(search, budgets, trials.loss)
+    return judge, lambda: layer_errors(trials.graph, trials.histograms, fitting, search.candidates)
+
+
+def refinement_lines(found: "Refinement") -> list[str]:
+    """What the update tried, and what it came to."""
+    lines = [f"{'kept' if step.kept else 'left'}  {step.up} up, {step.down} down: loss {step.loss:.4g}" for step in found.steps]
+    return [
+        *lines,
+        f"measured      {found.start:.4g} before and {found.loss:.4g} after {sum(step.kept for step in found.steps)} pairs kept",
+    ]
+
+
+def audit_table(found: "Audit") -> "Table":
+    """A row a plan: what it was predicted to cost and what it measured."""
+    order = "too few plans to say" if found.correlation is None else f"rank correlation {found.correlation:.3f}"
+    from rich.table import Table
+
+    table = Table(title=f"audit: {order}", box=None)
+    for name in ("plan", "predicted", "measured"):
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for name, predicted, measured in zip(found.names, found.predicted, found.measured, strict=True):
+        table.add_row(name, f"{predicted:.4g}", f"{measured:.4g}")
+    return table
 
 
 def _write_staircase(path: Path, profile: Profile, wanted: dict[str, Any], force: bool) -> tuple[dict[str, Any], list[str]]:
@@ -107,7 +182,7 @@ def _lines(report: dict[str, Any], unit: str) -> list[str]:
         f"size          {in_units(report['size_bytes'], 'B')}, {size}",
         f"BitOps        {in_units(report['bops'], '')}, {bops}",
         f"loss          +{report['objective']:.4g} predicted ({nats}), gap {report['gap']:.2g}, {report['status']}",
-        *(f"{price['quantity']:<14}{price['text']}" for price in report["shadow_prices"]),
+        *(f"{price['quantity'] + ':':<14}{price['text']}" for price in report["shadow_prices"]),
     ]
 
 

@@ -6,7 +6,8 @@ refine    one unit up, one down, kept where the measured loss falls
 """
 
 from vitq.trials.audit import Audit, audit
+from vitq.trials.judge import Judge
 from vitq.trials.measure import Trials
-from vitq.trials.refine import Refinement, refine
+from vitq.trials.refine import Refinement, layer_errors, refine
 
-__all__ = ["Audit", "Refinement", "Trials", "audit", "refine"]
+__all__ = ["Audit", "Judge", "Refinement", "Trials", "audit", "layer_errors", "refine"]

@@ -1,0 +1,98 @@
+"""Metrics, presets, audit, update and heat map from the command line, on a tiny model."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_session import make_images, make_model, vitq
+from PIL import Image
+
+from vitq.artifacts import load_plan, load_profile
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, images, and a profile by three metrics."""
+    folder = tmp_path_factory.mktemp("metrics")
+    make_model(folder / "model")
+    make_images(folder / "images")
+    metrics = ("--metric", "output-fisher", "--metric", "weight-mse", "--metric", "lrp", "--lrp-rules", "epsilon")
+    done = vitq("profile", "model", "--images", "images", "--num-images", 16, "--batch-size", 8, *metrics, folder=folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def session(profiled: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(profiled, tmp_path / "session")
+
+
+def test_every_metric_is_stored_and_the_first_is_the_default(session: Path):
+    profile = load_profile(session / "vitq-run" / "profile.json")
+    assert list(profile.costs) == ["output-fisher", "weight-mse", "lrp"]
+    assert sum(profile.costs["lrp"].importance.values()) == pytest.approx(1)
+    plans = []
+    for metric in (("--metric", "output-fisher"), (), ("--metric", "weight-mse")):
+        assert vitq("allocate", "--budget", "3.0", "--force", *metric, folder=session).code == 0
+        plans.append(load_plan(session / "vitq-run" / "plan.json").layers)
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_a_sensitivity_leaves_no_journal_behind_and_goes_on_from_one(session: Path):
+    command = ("profile", "model", "--images", "images", "--num-images", 8, "--batch-size", 4, "--bits", "2,4", "--metric", "sensitivity")
+    assert vitq(*command, "-o", "once.json", folder=session).code == 0
+    assert not list(session.glob(".once*"))
+    journal = session / ".twice.journal.jsonl"
+    journal.write_text("no journal at all\n")
+    refused = vitq(*command, "-o", "twice.json", folder=session)
+    assert refused.code == 3 and not (session / "twice.json").exists()
+    done = vitq(*command, "-o", "twice.json", "--no-resume", folder=session)
+    assert done.code == 0, done.err
+    assert (session / "twice.json").read_bytes() == (session / "once.json").read_bytes() and not journal.exists()
+
+
+def test_a_plan_is_refined_and_audited(session: Path):
+    done = vitq("allocate", "--budget", "3.0", "--refine", "--audit", 2, "--json", folder=session)
+    assert done.code == 0, done.err
+    found = done.document
+    assert found["average_weight_bits"] <= 3 and found["average_activation_bits"] <= 3
+    assert found["refinement"]["loss"] <= found["refinement"]["start"]
+    assert found["audit"]["names"] == ["chosen", "random 1", "random 2", "uniform"]
+    assert found["audit"]["measured"][0] == found["refinement"]["loss"]
+    assert found["objective"] >= found["bound"]
+    plan = load_plan(session / "vitq-run" / "plan.json")
+    assert plan.summary["average_weight_bits"] == found["average_weight_bits"]
+
+
+def test_without_a_budget_there_is_nothing_to_refine_within(session: Path):
+    done = vitq("allocate", "--uniform", "4", "--refine", folder=session)
+    assert done.code == 2 and "--budget" in done.err and not (session / "vitq-run" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "patch", "head"), [(("--uniform", "4/6"), (4, 8), (4, 6)), (("--budget", "like=3"), (3, 8), (3, 3))], ids=["uniform", "like"]
+)
+def test_parity_with_the_papers(session: Path, budget: tuple[str, str], patch: tuple[int, int], head: tuple[int, int]):
+    assert vitq("allocate", *budget, "--paper-parity", folder=session).code == 0
+    bits = load_plan(session / "vitq-run" / "plan.json").bits
+    assert (bits["patch_embed.proj"].weight_bits, bits["patch_embed.proj"].activation_bits) == patch
+    assert (bits["head"].weight_bits, bits["head"].activation_bits) == head
+
+
+def test_parity_needs_to_know_the_bits(session: Path):
+    done = vitq("allocate", "--budget", "size=1MB", "--paper-parity", folder=session)
+    assert done.code == 2 and "like=4" in done.err
+
+
+def test_a_heat_map_is_written(session: Path):
+    picture = next((session / "images").rglob("*.png"))
+    done = vitq("profile", "model", "--explain", picture, "-o", "relevance.png", "--json", folder=session)
+    assert done.code == 0, done.err
+    assert 0 <= done.document["label"] < 5
+    with Image.open(session / "relevance.png") as image:
+        assert image.size == (224, 224)
+
+
+def test_a_profile_needs_images(session: Path):
+    done = vitq("profile", "model", "--force", folder=session)
+    assert done.code == 2 and "--images" in done.err
