@@ -30,7 +30,7 @@ def make_profile(count: int, seed: int) -> Profile:
             Operand(tensor=f"input{position}", role="plain", shape=(1, 1)),
             Operand(tensor=f"weight{position}", role="weight", shape=(1, 1)),
         )
-        parameters, macs = chance.randrange(10_000, 3_000_000), chance.randrange(10**6, 6 * 10**8)
+        parameters, macs = 64 * chance.randrange(200, 50_000), chance.randrange(10**6, 6 * 10**8)
         sizes = {"parameters": parameters, "macs": macs, "channels": chance.choice([192, 768, 3072])}
         layers.append(Layer(name=f"layer{position}", type="fc1", op="linear", block="", operands=operands, **sizes))
     names = [layer.name for layer in layers]

@@ -94,7 +94,7 @@ def test_five_hundred_layers_with_three_budgets_to_a_gap_of_1e_4() -> None:
     """500 layers x 49 pairs; the figures are those of `examples/allocation_speed.py`, here only with time to spare."""
     chance = random.Random(0)
     layers = [
-        make_layer(f"l{i}", "fc1", chance.randrange(10**4, 3 * 10**6), chance.randrange(10**6, 6 * 10**8), [f"t{i}"], 768)
+        make_layer(f"l{i}", "fc1", 64 * chance.randrange(200, 50_000), chance.randrange(10**6, 6 * 10**8), [f"t{i}"], 768)
         for i in range(500)
     ]
     profile = smooth_profile(layers)
