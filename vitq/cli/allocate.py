@@ -182,7 +182,7 @@ def _lines(report: dict[str, Any], unit: str) -> list[str]:
         f"size          {in_units(report['size_bytes'], 'B')}, {size}",
         f"BitOps        {in_units(report['bops'], '')}, {bops}",
         f"loss          +{report['objective']:.4g} predicted ({nats}), gap {report['gap']:.2g}, {report['status']}",
-        *(f"{price['quantity'] + ':':<14}{price['text']}" for price in report["shadow_prices"]),
+        *(f"{'price':<14}{price['quantity']}: {price['text']}" for price in report["shadow_prices"]),
     ]
 
 
