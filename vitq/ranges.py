@@ -34,7 +34,7 @@ _CACHED = 400_000  # numbers that a processor's cache holds
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values fell into `counts.numel()` equal bins over [low, high]; counts is float64."""
+    """How often values fell into `counts.numel()` equal bins over [low, high]; counts is float64, on the CPU."""
 
     low: float
     high: float
@@ -203,7 +203,7 @@ def _add(histogram: Histogram | None, value: Tensor) -> Histogram:
     while math.gcd(step, values.numel()) > 1:  # no common factor: it does not fall in step with the channels
         step += 1
     counts = torch.histc(values[::step].float() if step > 1 else values.float(), bins=BINS, min=histogram.low, max=histogram.high)
-    return Histogram(histogram.low, histogram.high, histogram.counts + counts.double())
+    return Histogram(histogram.low, histogram.high, histogram.counts + counts.double().cpu())
 
 
 def _doubled(histogram: Histogram, downwards: bool) -> Histogram:

@@ -99,16 +99,17 @@ def _fold_factors(channels: ChannelRange, shiftable: bool) -> tuple[Tensor, Tens
 
 def _fold(module: GraphModule, norm: Node, scale: Tensor | None, shift: Tensor | None, has_bias: bool) -> None:
     channels = int(norm.args[1][0])  # type: ignore[index]
-    gamma = _parameter(module, norm, 2, torch.ones(channels))
+    device = norm.meta["val"].device
+    gamma = _parameter(module, norm, 2, torch.ones(channels, device=device))
     _give(module, norm, 2, "weight", gamma if scale is None else (gamma.double() / scale).float())
     if has_bias:
-        beta = _parameter(module, norm, 3, torch.zeros(channels))
+        beta = _parameter(module, norm, 3, torch.zeros(channels, device=device))
         _give(module, norm, 3, "bias", beta if scale is None or shift is None else ((beta.double() + shift) / scale).float())
     for reader in dict(consumers(norm, BIJECTIVE | PARTIAL)):
         weight_name = str(operand_nodes(reader)[1].target)
         weight = tensor_of(module, operand_nodes(reader)[1])
         bias_node = optional_argument(reader, 2)
-        bias, name = _parameter(module, reader, 2, torch.zeros(weight.shape[0])), bias_name(weight_name)
+        bias, name = _parameter(module, reader, 2, weight.new_zeros(weight.shape[0])), bias_name(weight_name)
         if bias_node is not None:
             name = str(bias_node.target)
         tensors = {weight_name: weight, name: bias}
