@@ -15,7 +15,7 @@ from vitq.affine import QParams, quantize_dequantize, quantize_weight
 from vitq.artifacts import CostTable
 from vitq.gradients import error_probe, fisher_probe, probe_for, trace
 from vitq.graph import Graph, analyse, copy, run, tensor_of
-from vitq.importance import Subject
+from vitq.importance import MetricOptions, Subject
 from vitq.ranges import Batches, Histogram, activation_qparams, fold, histograms, weight_ranges
 from vitq.rewrites import rewrite
 
@@ -210,7 +210,9 @@ def naive_u(case: Case, layer, seen: Seen, weight_bits: int | None, activation_b
     return (error * torch.cat(seen.gradients)).reshape(len(case.batch), -1).sum(1)
 
 
-def price(graph: Graph, found: dict[str, Histogram], batches: Batches, bits: tuple[int, ...], probe=fisher_probe) -> CostTable:
+def price(
+    graph: Graph, found: dict[str, Histogram], batches: Batches, bits: tuple[int, ...], probe=fisher_probe, pairs: bool = False
+) -> CostTable:
     """The metric's costs under a probe of the test's choice."""
 
     class Probed(Subject):
@@ -218,7 +220,7 @@ def price(graph: Graph, found: dict[str, Histogram], batches: Batches, bits: tup
         def probe(self):
             return probe
 
-    return METRIC.output_fisher(Probed(graph, found, batches, bits, num_classes=0))
+    return METRIC.output_fisher(Probed(graph, found, batches, bits, num_classes=0, options=MetricOptions(pairs=pairs)))
 
 
 def traced_u(case: Case) -> dict[str, Tensor]:
@@ -286,6 +288,23 @@ def test_costs_are_half_the_mean_square_of_u(mixed: Case):
             both = np.add.outer(table.weight[layer.name], table.activation[layer.name]) + table.cross[layer.name]
             assert np.allclose(both, expected[1:, 1:], rtol=1e-4, atol=1e-12)
             assert np.allclose(table.weight[layer.name], expected[1:, 0], rtol=1e-4)
+
+
+def test_pairs_are_the_mean_products_of_both_layers_u(mixed: Case):
+    """At tied widths, for layers of one block or of adjacent ones."""
+    u = traced_u(mixed)
+    table = price(mixed.graph, mixed.histograms, [(mixed.batch, None)], BITS, fixed_probe, pairs=True)
+    position = {block.name: index for index, block in enumerate(mixed.graph.blocks)}
+    block = {layer.name: position[layer.block] for layer in mixed.graph.layers}
+    names = [layer.name for layer in mixed.graph.layers]
+    expected = {(a, b) for a, b in itertools.combinations(names, 2) if abs(block[a] - block[b]) <= 1}
+    assert {(pair.first, pair.second) for pair in table.pairs} == expected and len(expected) > 5
+    for pair in table.pairs:
+        for (row, column), cost in np.ndenumerate(np.array(pair.costs)):
+            first, second = u[pair.first][:, row + 1, row + 1].double(), u[pair.second][:, column + 1, column + 1].double()
+            size = float(first.square().mean().sqrt() * second.square().mean().sqrt())
+            assert cost == pytest.approx(float((first * second).mean()), rel=1e-3, abs=1e-4 * size)
+    assert not price(mixed.graph, mixed.histograms, [(mixed.batch, None)], BITS, fixed_probe).pairs
 
 
 def test_costs_do_not_depend_on_the_order_of_layers(mixed: Case):

@@ -130,7 +130,7 @@ class MetricOptions(Value):
 
     `lrp_*`: rules of propagation, the class that is explained, and how a layer's relevance becomes one number. `sensitivity_*`: the loss
     that is compared, and what the other layers run at ("fp32", "w8a8", or "uniform 4"). `fisher`, of lampq: labels sampled from the model
-    ("true") or the images' own ("empirical").
+    ("true") or the images' own ("empirical"). `pairs`, of output-fisher: terms between layers too, for the objective `pairwise`.
     """
 
     lrp_rules: LrpRules = "chefer"
@@ -139,6 +139,7 @@ class MetricOptions(Value):
     sensitivity_loss: SensitivityLoss = "kl"
     sensitivity_baseline: str = "w8a8"
     fisher: FisherLabels = "true"
+    pairs: bool = False
 
 
 class ModelSpec(Value):

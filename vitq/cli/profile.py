@@ -60,6 +60,9 @@ def profile(
     fisher: Annotated[
         FisherLabels, typer.Option("--fisher", help="lampq's labels: sampled from the model (true) or the images' own (empirical).")
     ] = DEFAULTS.fisher,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="output-fisher: terms between layers too, for allocate --objective pairwise.")
+    ] = False,
     explain: Annotated[
         Path | None, typer.Option("--explain", help="No profile, but a heat map of what in this IMAGE speaks for the model's answer.")
     ] = None,
@@ -84,6 +87,7 @@ def profile(
         sensitivity_loss=sensitivity_loss,
         sensitivity_baseline=sensitivity_baseline,
         fisher=fisher,
+        pairs=pairs,
     )
     loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
     options.usable_device(device)

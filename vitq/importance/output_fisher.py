@@ -31,6 +31,7 @@ from vitq.artifacts import WIDTHS, Bits, CostTable, Layer
 from vitq.gradients import LayerTrace, trace
 from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
+from vitq.importance.pairs import PairMoments
 from vitq.importance.subject import Subject
 from vitq.ranges import activation_qparams, relative_error, weight_ranges
 
@@ -52,17 +53,27 @@ def output_fisher(subject: Subject) -> CostTable:
     """
     graph, pricing = subject.graph, _Pricing.of(subject)
     moments = {layer.name: _Moments.zeros(len(subject.bits)) for layer in graph.layers}
+    together = PairMoments(graph, len(subject.bits)) if subject.options.pairs else None
     generator = torch.Generator().manual_seed(subject.seed)
     count = 0
     for images, _ in subject.batches:
 
         def price(traced: LayerTrace, count: int = len(images)) -> None:
             with torch.no_grad():
-                moments[traced.layer.name].add(pricing.products(traced, count))
+                products = pricing.products(traced, count)
+            moments[traced.layer.name].add(products)
+            if together is not None:
+                together.add(traced.layer.name, products.errors.diagonal(dim1=1, dim2=2)[:, 1:], products.output)
 
         trace(graph, images, subject.probe, generator, price)
+        if together is not None:
+            together.end_batch()
         count += len(images)
-    return _table(graph, {name: found.costs() / max(count, 1) for name, found in moments.items()}, subject.bits)
+    table = _table(graph, {name: found.costs() / max(count, 1) for name, found in moments.items()}, subject.bits)
+    if together is None:
+        return table
+    gains = {name: found.gain().diagonal()[1:] for name, found in moments.items()}
+    return table.model_copy(update={"pairs": together.costs(gains, max(count, 1))})
 
 
 @dataclass(frozen=True)
