@@ -248,6 +248,20 @@ def test_show(session: Path, artifact: str):
         assert f"{layer['weight_bits']}/{layer['activation_bits']}" in done.out
 
 
+def test_show_computes_the_sums_of_an_edited_plan(session: Path):
+    path = session / "vitq-run" / "plan.json"
+    plan = json.loads(path.read_text())
+    for entry in plan["layers"]:
+        if entry["name"] not in plan["fixed"]:
+            entry |= {"weight_bits": entry["weight_bits"] and 5, "activation_bits": 6}
+    path.write_text(json.dumps(plan))
+    found = vitq("show", "vitq-run/plan.json", "--json", folder=session).document["summary"]
+    assert (found["average_weight_bits"], found["average_activation_bits"]) == (5, 6)
+    uniform = vitq("allocate", "--uniform", "5/6", "--json", "--force", folder=session).document
+    assert (found["size_bytes"], found["bops"]) == (uniform["size_bytes"], uniform["bops"])
+    assert "average bits: 5.000 weights, 6.000 activations" in vitq("show", "vitq-run/plan.json", folder=session).out
+
+
 def test_show_writes_its_document(session: Path):
     done = vitq("show", "model", "-o", "layers.json", folder=session)
     assert done.code == 0

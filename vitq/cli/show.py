@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitq.artifacts import BitPlan, Layer, ModelSpec, Profile, load_plan, load_profile, write_whole
+from vitq.artifacts import BitPlan, ModelSpec, Profile, load_plan, load_profile, write_whole
 from vitq.cli import options
 from vitq.cli.chain import PROFILE, LoadingOptions, output_path
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
@@ -79,9 +79,11 @@ def _read_json(path: Path) -> Shown:
         kind = None  # load_profile says what is wrong
     if isinstance(kind, dict) and kind.get("format") == BitPlan.model_fields["format"].default:
         plan = load_plan(path)
-        layers = _layers_beside(path, {entry.name for entry in plan.layers})
-        rows = layer_rows(layers, plan.bits) if layers else [entry.model_dump(mode="json") for entry in plan.layers]
-        return Shown(_head("plan", plan.model, plan.made_from) | {"fixed": list(plan.fixed)}, rows)
+        head = _head("plan", plan.model, plan.made_from) | {"fixed": list(plan.fixed)}
+        profile = _profile_beside(path, {entry.name for entry in plan.layers})
+        if profile is None:
+            return Shown(head, [entry.model_dump(mode="json") for entry in plan.layers])
+        return Shown(head | {"summary": _sums(plan, profile)}, layer_rows(profile.layers, plan.bits))
     profile = load_profile(path)
     head = _head("profile", profile.model, profile.made_from) | {"costs": {n: t.model_dump(mode="json") for n, t in profile.costs.items()}}
     return Shown(head, layer_rows(profile.layers), profile)
@@ -95,16 +97,32 @@ def _read_onnx(path: Path) -> Shown:
     if not isinstance(plan, dict):
         raise InputError(f"{path} holds no plan, so vitq did not write it; `vitq export` writes one that does")
     bits = {name: {"weight_bits": weight, "activation_bits": activation} for name, (weight, activation) in plan.items()}
-    layers = _layers_beside(path, set(bits))
-    rows = [row | bits[row["name"]] for row in layer_rows(layers)] if layers else [{"name": name} | entry for name, entry in bits.items()]
+    beside = _profile_beside(path, set(bits))
+    layers = layer_rows(beside.layers) if beside else [{"name": name} for name in bits]
+    rows = [row | bits[row["name"]] for row in layers]
     return Shown({"kind": "exported model", "file_bytes": path.stat().st_size} | metadata, rows)
 
 
-def _layers_beside(path: Path, names: set[str]) -> tuple[Layer, ...]:
-    """The layers of the profile in the same folder, where it is of the same model."""
+def _profile_beside(path: Path, names: set[str]) -> Profile | None:
+    """The profile in the same folder, where it is of the same model."""
     beside = path.parent / PROFILE
-    layers = load_profile(beside).layers if beside.is_file() else ()
-    return layers if {layer.name for layer in layers} == names else ()
+    profile = load_profile(beside) if beside.is_file() else None
+    return profile if profile and {layer.name for layer in profile.layers} == names else None
+
+
+def _sums(plan: BitPlan, profile: Profile) -> dict[str, Any]:
+    """Averages, size and BitOps of a plan, computed from its layers: it may have been edited since they were written into it."""
+    from vitq.allocation.choices import Widths, settle
+    from vitq.allocation.summary import summarize
+
+    plan.check(profile.layers)
+    fixed = [
+        f"{entry.name}={entry.weight_bits or entry.activation_bits}/{entry.activation_bits}"
+        for entry in plan.layers
+        if entry.name in plan.fixed
+    ]
+    widths = [Widths(layer, plan.bits[layer.name].weight_bits, plan.bits[layer.name].activation_bits) for layer in profile.layers]
+    return summarize(settle(profile.layers, fixed), widths, profile.rest_bytes, ())
 
 
 def _head(kind: str, spec: ModelSpec, made_from: Any) -> dict[str, Any]:
@@ -128,6 +146,12 @@ def _lines(found: Shown) -> list[str]:
     if any("macs" in row for row in rows):
         parameters, macs = (in_units(sum(row.get(key, 0) for row in rows), "") for key in ("parameters", "macs"))
         lines.append(f"in layers: {parameters} weights, {macs} MACs an image")
+    if sums := head.get("summary"):
+        weights, activations = (sums[f"average_{kind}_bits"] for kind in ("weight", "activation"))
+        averages = ", ".join(
+            f"{bits:.3f} {kind}" for bits, kind in ((weights, "weights"), (activations, "activations")) if bits is not None
+        )
+        lines.append(f"average bits: {averages}; {in_units(sums['size_bytes'], 'B')}, {in_units(sums['bops'], '')} BitOps")
     if head.get("preprocessing"):
         lines.append(f"preprocessing: {describe(head['preprocessing'])}")
     sources = {name: head.get("made_from", {}).get(name) for name in ("model", "images")}
