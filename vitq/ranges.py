@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,15 +161,15 @@ def _squared_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, bits
 
     A level takes the bins whose middle lies nearest to it: its error is three differences of sums, whatever the number of bins.
     """
-    scales, zero_points = (values.numpy().astype(np.float64)[:, None] for values in (scale, zero_point))  # numpy: many small steps
-    codes = np.arange(highest_code(bits) + 1) - zero_points  # (C, codes)
+    scale, zero_point = scale.double()[:, None], zero_point.double()[:, None]
+    codes = torch.arange(highest_code(bits) + 1) - zero_point  # (C, codes)
     first, bins = histogram.low + histogram.width / 2, histogram.counts.numel()
-    ends = np.full((len(codes), codes.shape[1] + 1), bins)  # where each level's bins begin, and the last one's end
-    ends[:, 0] = 0
-    ends[:, 1:-1] = np.ceil(((codes[:, 1:] - 0.5) * scales - first) / histogram.width).clip(0, bins)
-    count, total, squares = (np.diff(sums[ends], axis=1) for sums in histogram.sums.numpy())
-    levels = codes * scales
-    return torch.from_numpy((squares + levels * (levels * count - 2 * total)).sum(1))
+    ends = codes.new_zeros(len(codes), codes.shape[1] + 1, dtype=torch.int64)  # where each level's bins begin, and the last one's end
+    ends[:, 1:-1] = (((codes[:, 1:] - 0.5) * scale - first) / histogram.width).ceil_().clamp_(0, bins)
+    ends[:, -1] = bins
+    count, total, squares = histogram.sums[:, ends].diff(dim=2)
+    levels = codes * scale
+    return (squares + levels * (levels * count - 2 * total)).sum(1)
 
 
 def _search(low: float, high: float, error: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
