@@ -1,6 +1,8 @@
 """Metrics, presets, audit, update and heat map from the command line, on a tiny model."""
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,10 @@ def test_a_heat_map_is_written(session: Path):
 def test_a_profile_needs_images(session: Path):
     done = vitq("profile", "model", "--force", folder=session)
     assert done.code == 2 and "--images" in done.err
+
+
+def test_a_staircase_is_written_where_no_plot_can_be_drawn(session: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = vitq("allocate", "--pareto", "staircase.json", folder=session)
+    assert done.code == 0 and "matplotlib" in done.out + done.err
+    assert json.loads((session / "staircase.json").read_text())["plans"] and not (session / "staircase.svg").exists()

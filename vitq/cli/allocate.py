@@ -163,12 +163,16 @@ def _write_staircase(path: Path, profile: Profile, wanted: dict[str, Any], force
     for file in (path, picture):
         refuse_existing(file, force)
     staircase = pareto(profile, **wanted)
-    drawn = draw(staircase, "svg")
     write_whole(path, lambda temporary: temporary.write_text(as_json(staircase), encoding="utf-8"))
-    write_whole(picture, lambda temporary: temporary.write_bytes(drawn))
+    try:
+        drawn = draw(staircase, "svg")
+        write_whole(picture, lambda temporary: temporary.write_bytes(drawn))
+        written = f"wrote {path} and {picture}"
+    except UsageError as error:  # the plot needs a library that not everybody has
+        written = f"wrote {path}; no plot: {error}"
     plans = staircase["plans"]
     ends = f"{plans[0]['budget']:g} bits +{plans[0]['objective']:.4g} to {plans[-1]['budget']:g} bits +{plans[-1]['objective']:.4g}"
-    return staircase, [f"{len(plans)} plans, {ends}", f"wrote {path} and {picture}"]
+    return staircase, [f"{len(plans)} plans, {ends}", written]
 
 
 def _lines(report: dict[str, Any], unit: str) -> list[str]:
