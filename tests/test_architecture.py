@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("artifacts",),
-    ("affine", "images", "weights"),
+    ("affine", "images", "moments", "weights"),
     ("models", "graph", "quantizers"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),

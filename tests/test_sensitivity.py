@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vitq.affine import QParams, quantize_dequantize, quantize_weight
 from vitq.artifacts import Layer
-from vitq.calibration.moments import match_moments
+from vitq.calibration.matching import match_moments
 from vitq.errors import InputError, UsageError
 from vitq.graph import Graph, assign, copy, run, tensor_of
 from vitq.graph.dataflow import argument

@@ -1,14 +1,14 @@
 """Recipe `fast`: minutes, no gradients.
 
 LayerNorms folded to common channel ranges; weights per output channel and activations per tensor with least-squares ranges; then every
-output channel gets back the mean and the spread that it has in the float network (moments.py).
+output channel gets back the mean and the spread that it has in the float network (matching.py).
 """
 
 from collections.abc import Mapping
 
 from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.artifacts import BitPlan, Layer
-from vitq.calibration.moments import match_moments
+from vitq.calibration.matching import match_moments
 from vitq.checkpoint import Checkpoint
 from vitq.graph import Graph, assign, copy, tensor_of
 from vitq.graph.dataflow import argument

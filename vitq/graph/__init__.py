@@ -20,10 +20,10 @@ from vitq.errors import InputError
 from vitq.graph.blocks import Block, find_blocks
 from vitq.graph.dataflow import assign, aten, tensor_of
 from vitq.graph.layers import find_layers
-from vitq.graph.run import advance, run, values_at
+from vitq.graph.run import advance, run, start, values_at
 from vitq.graph.simplify import simplify
 
-__all__ = ["Block", "Graph", "advance", "analyse", "assign", "capture", "copy", "run", "tensor_of", "values_at"]
+__all__ = ["Block", "Graph", "advance", "analyse", "assign", "capture", "copy", "run", "start", "tensor_of", "values_at"]
 
 _FUSED_ATTENTION = {aten.scaled_dot_product_attention.default}
 
@@ -48,6 +48,12 @@ class Graph:
         lines = [f"{node.op} {node.target} {_shape_text(node)}" for node in self.module.graph.nodes if node.op == "call_function"]
         lines += [f"{layer.name} {layer.operands}" for layer in self.layers]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def stretches(self) -> list[tuple[str, str | None]]:
+        """For `advance`, block by block: the name of each block's first node and of the node to stop before, None at the end."""
+        firsts = [block.first for block in self.blocks]
+        return list(zip(firsts, [*firsts[1:], None], strict=True))
 
     def layer_node(self, layer: str) -> Node:
         """The fx node of a layer."""

@@ -18,9 +18,13 @@ Intercept = Callable[..., Tensor]
 
 def run(module: GraphModule, images: Tensor, intercepts: Mapping[str, Intercept] | None = None) -> Tensor:
     """The output of the graph for images (B, 3, H, W), on the graph's device; `intercepts` maps node names to what runs in their place."""
-    images = images.to(next(module.parameters()).device)
+    return advance(module, start(module, images), None, None, intercepts)["output"]
+
+
+def start(module: GraphModule, images: Tensor) -> dict[str, Any]:
+    """The values alive before the first node: the images, on the graph's device."""
     (placeholder,) = (node for node in module.graph.nodes if node.op == "placeholder")
-    return advance(module, {placeholder.name: images}, None, None, intercepts)["output"]
+    return {placeholder.name: images.to(next(module.parameters()).device)}
 
 
 def values_at(module: GraphModule, images: Tensor, names: Collection[str]) -> dict[str, Any]:

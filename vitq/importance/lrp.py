@@ -19,9 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vitq.artifacts import WIDTHS, Bits, CostTable
+from vitq.artifacts import CostTable
 from vitq.errors import InputError
 from vitq.graph import Graph
+from vitq.importance.costs import by_width
 from vitq.importance.relevance import RULES, Rules, propagate
 from vitq.importance.relevance.step import image_axis, sum_per_image
 from vitq.importance.subject import MetricOptions, Subject
@@ -56,7 +57,7 @@ def lrp(subject: Subject) -> CostTable:
             f"the {options.lrp_rules} rules with aggregate {options.lrp_aggregate} leave no finite relevance at any layer; "
             "use the rules chefer and the aggregate abs, or another metric"
         )
-    return _table(dict(zip(layers, (total / total.sum()).tolist(), strict=True)), subject)
+    return by_width(subject, dict(zip(layers, (total / total.sum()).tolist(), strict=True)))
 
 
 def start_at(output: Tensor, labels: Tensor | None, num_classes: int, target: str) -> Tensor:
@@ -114,10 +115,3 @@ def _parts(subject: Subject) -> Iterator[tuple[Tensor, Tensor | None]]:
         for first in range(0, len(images), _IMAGES_AT_ONCE):
             part = slice(first, first + _IMAGES_AT_ONCE)
             yield images[part], None if labels is None else labels[part]
-
-
-def _table(importance: dict[str, float], subject: Subject) -> CostTable:
-    widths: tuple[Bits, ...] = tuple(width for width in WIDTHS if width in subject.bits)
-    costs = {layer: tuple(share * 4.0**-width for width in widths) for layer, share in importance.items()}
-    weight = {layer.name: costs[layer.name] for layer in subject.graph.layers if layer.has_weight}
-    return CostTable(unit="relative", bits=widths, tied=costs, weight=weight, activation=costs, importance=importance)

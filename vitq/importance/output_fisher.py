@@ -13,7 +13,7 @@ errors that cancel in the output cost nothing, which a diagonal Fisher misses. N
 so one image's input gradient, which the backward pass has anyway, prices all widths of the input, its weight gradient all widths of the
 weight, and one product a width (where the input's error is not negligible) all pairs.
 
-Calibration restores the mean and the spread of every channel (calibration/moments.py). So the mean over the batch is taken out of X and
+Calibration restores the mean and the spread of every channel (calibration/matching.py). So the mean over the batch is taken out of X and
 X^, and with y the layer's output, y^ the quantized one and one gain for all its channels, d = gain y^ - y: u is linear in the gain, so
 that its second moments are summed first and the gain is put in at the end.
 """
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from vitq.affine import QParams, quantize_dequantize, quantize_weight
@@ -31,6 +30,7 @@ from vitq.artifacts import WIDTHS, Bits, CostTable, Layer
 from vitq.gradients import LayerTrace, trace
 from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
+from vitq.importance.costs import falling
 from vitq.importance.pairs import PairMoments
 from vitq.importance.subject import Subject
 from vitq.ranges import activation_qparams, relative_error, weight_ranges
@@ -254,19 +254,13 @@ def _table(graph: Graph, costs: Mapping[str, np.ndarray], bits: Sequence[int]) -
     tied, weight, activation, cross = {}, {}, {}, {}
     for layer in graph.layers:
         cost = costs[layer.name]
-        tied[layer.name] = _falling(np.diagonal(cost)[1:])
+        tied[layer.name] = falling(np.diagonal(cost)[1:])
         if layer.has_weight:
-            weight[layer.name] = _falling(cost[1:, 0])
-            activation[layer.name] = _falling(cost[0, 1:])
+            weight[layer.name] = falling(cost[1:, 0])
+            activation[layer.name] = falling(cost[0, 1:])
             separate = np.add.outer(weight[layer.name], activation[layer.name])
             cross[layer.name] = tuple(tuple(float(value) for value in row) for row in cost[1:, 1:] - separate)
         else:
             activation[layer.name] = tied[layer.name]
     widths: tuple[Bits, ...] = tuple(width for width in WIDTHS if bits.count(width))
     return CostTable(unit="nats", bits=widths, tied=tied, weight=weight, activation=activation, cross=cross)
-
-
-def _falling(costs: np.ndarray) -> tuple[float, ...]:
-    """The closest costs that never rise with the width."""
-    fitted = isotonic_regression(np.maximum(costs, 0.0), increasing=False).x
-    return tuple(float(value) for value in fitted)

@@ -5,7 +5,7 @@ With M the mean loss over the images, layer l's operands at b bits and all other
     S_{l,b} = M(l at b bits, the others at the baseline) - M(all at the baseline)
 
 made to fall with the width by isotonic regression and then clamped at 0. The quantizers are those that `calibrate` fits, and the layer's
-output gets back the mean and the spread that each channel has in the float network, as in calibration/moments.py but from the batch at
+output gets back the mean and the spread that each channel has in the float network, as in calibration/matching.py but from the batch at
 hand. The baseline's layers are corrected likewise, once a batch, in a network where all of them are at the baseline.
 
 Nothing is run twice: for each batch the baseline network runs once and the values at the start of every block are kept, so that a layer in
@@ -27,16 +27,16 @@ from torch import Tensor
 
 from vitq.artifacts import WIDTHS, CostTable, Layer
 from vitq.errors import InputError, UsageError
-from vitq.graph import advance, run
+from vitq.gradients import loss as divergence
+from vitq.graph import advance, run, start
 from vitq.graph.run import Intercept
 from vitq.importance.costs import split, table
 from vitq.importance.journal import Journal
 from vitq.importance.quantizers import Quantizers
 from vitq.importance.subject import Subject
+from vitq.moments import Moments, corrected, correction
 
 _UNITS: dict[str, Literal["nats", "accuracy", "relative"]] = {"kl": "nats", "top1": "accuracy", "cross-entropy": "relative"}
-
-_LARGEST_GAIN = 2.0  # as in calibration
 
 
 def sensitivity(subject: Subject) -> CostTable:
@@ -137,7 +137,7 @@ class _Batch:
         def watch(layer: Layer) -> Intercept:
             def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
                 output = compute(*arguments)
-                wanted[layer.name] = _moments(layer, output)
+                wanted[layer.name] = Moments.of(layer, output)
                 return output
 
             return intercept
@@ -149,20 +149,18 @@ class _Batch:
     @cached_property
     def _in_baseline(self) -> "_BaselineRun":
         graph = self.subject.graph
-        (placeholder,) = (node for node in graph.module.graph.nodes if node.op == "placeholder")
         fitted: dict[str, tuple[Tensor, Tensor]] = {}
         first: dict[str, Intercept] = {}
         later: dict[str, Intercept] = {}
         if self.baseline is not None:
             first = {graph.nodes[layer.name]: self._alone(layer, self.baseline, fitted) for layer in graph.layers}
             later = {graph.nodes[layer.name]: self._fixed(layer, self.baseline, fitted) for layer in graph.layers}
-        values: dict[str, Any] = {placeholder.name: self.images.to(self._in_float.output.device)}
+        values = start(graph.module, self.images)
         at_blocks: dict[str, dict[str, Any]] = {}
-        following = [*(block.first for block in graph.blocks[1:]), None]
         with torch.no_grad():
-            for block, end in zip(graph.blocks, following, strict=True):
+            for block, (begin, stop) in zip(graph.blocks, graph.stretches, strict=True):
                 at_blocks[block.name] = values
-                values = advance(graph.module, values, block.first, end, first)
+                values = advance(graph.module, values, begin, stop, first)
         return _BaselineRun(values["output"], at_blocks, later)
 
     def _alone(self, layer: Layer, bits: int, fitted: dict[str, tuple[Tensor, Tensor]] | None = None) -> Intercept:
@@ -173,11 +171,11 @@ class _Batch:
             output = self.quantizers.output(layer, compute, arguments, bits, bits)
             if not layer.has_weight:
                 return output
-            gain, bias = (value.to(output.dtype) for value in _correction(wanted[layer.name], _moments(layer, output)))
+            gain, bias = correction(wanted[layer.name], Moments.of(layer, output))
             if fitted is not None:
                 weight = self.quantizers.weights[layer.name, bits].dequantize()
-                fitted[layer.name] = weight * gain.reshape(-1, *[1] * (weight.dim() - 1)), bias
-            return output * _along_channels(layer, gain, output) + _along_channels(layer, bias, output)
+                fitted[layer.name] = weight * gain.to(weight).reshape(-1, *[1] * (weight.dim() - 1)), bias.to(weight)
+            return corrected(layer, output, gain, bias)
 
         return intercept
 
@@ -199,7 +197,7 @@ class _Batch:
 @dataclass(frozen=True)
 class _FloatRun:
     output: Tensor
-    moments: Mapping[str, tuple[Tensor, Tensor]]
+    moments: Mapping[str, Moments]
 
 
 @dataclass(frozen=True)
@@ -213,33 +211,12 @@ class _BaselineRun:
 
 def _per_image(loss: str, output: Tensor, expected: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     """The loss of each image, float64 (B,)."""
-    if loss == "kl" and num_classes > 0:
-        wanted = expected.log_softmax(1)
-        return (wanted.exp() * (wanted - output.log_softmax(1))).sum(1)
     if loss == "kl":
-        return 0.5 * (output - expected).flatten(1).square().sum(1) / expected.flatten(1).square().sum(1).clamp(min=1e-24)
+        return divergence(expected, output, num_classes)
     assert labels is not None
     if loss == "cross-entropy":
         return -output.log_softmax(1).gather(1, labels[:, None])[:, 0]
     return 100.0 * (output.argmax(1) != labels).double()
-
-
-def _moments(layer: Layer, output: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and standard deviation of each output channel, float64 (O,)."""
-    rows = output.movedim(-1 if layer.op == "linear" else 1, -1).reshape(-1, layer.channels).double()
-    return rows.mean(0), rows.std(0, correction=0)
-
-
-def _correction(wanted: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The gain and bias of each channel that bring mean and standard deviation back; one that does not vary keeps its gain."""
-    (mean, deviation), (found_mean, found_deviation) = wanted, found
-    varies = (found_deviation.square() > 1e-12 * (found_deviation.square() + found_mean.square())) & (deviation > 0)
-    gain = torch.where(varies, deviation / found_deviation.clamp(min=1e-150), 1.0).clamp(1 / _LARGEST_GAIN, _LARGEST_GAIN)
-    return gain, mean - gain * found_mean
-
-
-def _along_channels(layer: Layer, values: Tensor, output: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (0 if layer.op == "linear" else output.dim() - 2))
 
 
 def _weight_shares(subject: Subject, quantizers: Quantizers) -> dict[str, float]:
