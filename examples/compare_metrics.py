@@ -2,79 +2,120 @@
 
     python examples/compare_metrics.py MODEL CALIBRATION_IMAGES TEST_IMAGES [--metrics ...] [--averages 2.5 3.0 3.5 4.0] [--seeds 0 1 2]
 
-Prints a Markdown table: for each metric, average of bits and seed the KL from the float model (nats per image), agreement and top-1 of the
-plan, calibrated by recipe `fast`, with 95 % intervals; the last column is the difference in KL from the first metric's plan, paired image
-by image. Where `sensitivity` is among the metrics, the Spearman correlation of each one's tied costs with its costs follows.
-`--exhaustive FILE` keeps that metric's results as they come, so that a run can go on.
+Each seed draws its own calibration images; profile, plan and recipe `fast` use the same ones, and the exported file is measured in
+onnxruntime. Prints a Markdown table: for each metric and average of bits the KL from the float model (nats per image), agreement and
+top-1, means over the seeds with the 95 % interval over the test images and the seeds' own values; the last column is the difference in
+KL from the first metric's plan, paired image by image. Where `sensitivity` is among the metrics, the Spearman correlation of each one's
+tied costs with its costs follows. `--keep FOLDER` keeps profiles and each plan's outputs, so that a run can go on.
 """
 
 import argparse
+import hashlib
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from vitq.allocation import allocate
-from vitq.calibration import calibrate
+from vitq.artifacts import BitPlan, Profile
+from vitq.calibration.fast import fit_fast
+from vitq.evaluate import onnx_runnable
+from vitq.export import export
 from vitq.gradients import loss
-from vitq.images import open_images
+from vitq.graph import Graph
+from vitq.images import Images, open_images
 from vitq.importance import METRICS, profile
 from vitq.models import load
+from vitq.ranges import Histogram, fold
+from vitq.rewrites import prepare
 
 
 def main() -> None:
-    """Prints both tables, a row as soon as it is measured."""
+    """Prints both tables, the first one line by line as its plans are measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("calibration")
     parser.add_argument("test")
-    parser.add_argument("--metrics", nargs="+", default=[name for name in METRICS if name not in ("sensitivity", "mix-qvit")])
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS))
     parser.add_argument("--averages", nargs="+", default=["2.5", "3.0", "3.5", "4.0"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--test-images", type=int)
-    parser.add_argument("--exhaustive", type=Path)
+    parser.add_argument("--keep", type=Path)
     arguments = parser.parse_args()
     model = load(arguments.model)
     names = model.label_names
     test = open_images(arguments.test, model.data_config, arguments.test_images, batch_size=100, class_names=names)
     with torch.no_grad():
-        outputs = torch.cat([model.module(batch) for batch, _ in test])
+        expected = torch.cat([model.module(batch) for batch, _ in test])
     labels = torch.cat([given if given is not None else torch.full((len(batch),), -1) for batch, given in test])
+    graph, _ = prepare(model)
 
-    print("| metric | average | seed | KL | agreement % | top-1 % | KL less that of the first |\n" + "| --- " * 7 + "|", flush=True)
-    profiles = {}
-    for seed in arguments.seeds:
-        images = open_images(arguments.calibration, model.data_config, arguments.num_images, seed, class_names=names)
-        profiles[seed] = profile(model, images, arguments.metrics, seed=seed, journal=arguments.exhaustive if seed == 0 else None)
+    with tempfile.TemporaryDirectory() as temporary:
+        keep = arguments.keep or Path(temporary)
+        keep.mkdir(exist_ok=True)
+        profiles: dict[int, Profile] = {}
+        outputs: dict[tuple[str, str, int], Tensor] = {}
+        for seed in arguments.seeds:
+            images = open_images(arguments.calibration, model.data_config, arguments.num_images, seed, class_names=names)
+            kept = keep / f"profile_{seed}.json"
+            if not kept.exists():
+                journal = keep / f"sensitivity_{seed}.journal"
+                kept.write_text(profile(model, images, arguments.metrics, seed=seed, journal=journal).model_dump_json())
+            profiles[seed] = Profile.model_validate_json(kept.read_text())
+            folded = fold(graph, images)
+            for average in arguments.averages:
+                for metric in arguments.metrics:
+                    plan = allocate(profiles[seed], [average], metric=metric).plan
+                    outputs[metric, average, seed] = _outputs(plan, folded, images, test, keep / f"{seed}_{_digest(plan)}.safetensors")
+        print("| average | metric | KL | of each seed | agreement % | top-1 % | KL less that of the first |\n" + "| --- " * 7 + "|")
         for average in arguments.averages:
             first: Tensor | None = None
             for metric in arguments.metrics:
-                module = calibrate(model, allocate(profiles[seed], [average], metric=metric).plan, images).quantized_module()
-                with torch.no_grad():
-                    found = torch.cat([module(batch) for batch, _ in test])
-                kl = loss(outputs, found, model.num_classes)
+                found = [outputs[metric, average, seed] for seed in arguments.seeds]
+                kl = torch.stack([loss(expected, output, model.num_classes) for output in found])
                 first = kl if first is None else first
-                agreement, top1 = (100 * (found.argmax(1) == wanted).double() for wanted in (outputs.argmax(1), labels))
-                texts = [
-                    f"{value.mean():.{digits}f} ± {margin(value):.{digits}f}" for value, digits in ((kl, 4), (agreement, 2), (top1, 2))
-                ]
-                difference = f"{(kl - first).mean():+.4f} ± {margin(kl - first):.4f}"
-                print(f"| {metric} | {average} | {seed} | {' | '.join(texts)} | {difference} |", flush=True)
+                top = torch.stack([output.argmax(1) for output in found])
+                agreement, top1 = (100 * (top == wanted).double() for wanted in (expected.argmax(1), labels))
+                each = " ".join(f"{value:.4f}" for value in kl.mean(1))
+                texts = [_text(kl, 4), each, _text(agreement, 2), _text(top1, 2), _text(kl - first, 4, "+")]
+                print(f"| {average} | {metric} | {' | '.join(texts)} |", flush=True)
 
     if "sensitivity" in arguments.metrics:
-        print("\n| metric | seed | Spearman, all layers and widths |\n| --- | --- | --- |")
-        for seed, found in profiles.items():
-            judge = [cost for row in found.costs["sensitivity"].tied.values() for cost in row]
-            for metric in arguments.metrics:
-                costs = [cost for layer in found.costs["sensitivity"].tied for cost in found.costs[metric].tied[layer]]
-                print(f"| {metric} | {seed} | {spearmanr(costs, judge)[0]:.3f} |")
+        print("\n| metric | Spearman, all layers and widths, of each seed |\n| --- | --- |")
+        for metric in arguments.metrics:
+            print(f"| {metric} | {' '.join(f'{_correlation(found, metric):.3f}' for found in profiles.values())} |")
 
 
-def margin(values: Tensor) -> float:
-    """The half width of the mean's 95 % interval."""
-    return 1.96 * float(values.double().std(correction=0)) / len(values) ** 0.5
+def _outputs(plan: BitPlan, folded: tuple[Graph, dict[str, Histogram]], images: Images, test: Images, kept: Path) -> Tensor:
+    """The output of a plan's exported file on the test images; equal plans are measured once."""
+    if not kept.exists():
+        checkpoint = fit_fast(*folded, plan, images)
+        some = next(iter(images))[0][:4]
+        with tempfile.TemporaryDirectory() as folder:
+            export(checkpoint, Path(folder) / "model.onnx", [some], storage="fast")
+            runnable = onnx_runnable(Path(folder) / "model.onnx", threads=torch.get_num_threads())
+            save_file({"output": torch.cat([runnable(batch) for batch, _ in test])}, kept)
+    return load_file(kept)["output"]
+
+
+def _digest(plan: BitPlan) -> str:
+    return hashlib.sha256(repr(plan.layers).encode()).hexdigest()[:16]
+
+
+def _text(values: Tensor, digits: int, sign: str = "") -> str:
+    """The mean of values (seeds, images) and the half width of its 95 % interval over the images."""
+    images = values.double().mean(0)
+    return f"{images.mean():{sign}.{digits}f} ± {1.96 * float(images.std(correction=0)) / len(images) ** 0.5:.{digits}f}"
+
+
+def _correlation(found: Profile, metric: str) -> float:
+    judge = found.costs["sensitivity"].tied
+    costs = [cost for layer in judge for cost in found.costs[metric].tied[layer]]
+    return float(spearmanr(costs, [cost for row in judge.values() for cost in row])[0])  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -427,6 +427,6 @@ def test_negligible_products_change_costs_little(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(METRIC, "_NEGLIGIBLE", NEGLIGIBLE)
     quick = price(folded, found, batches, (2, 3, 4, 6, 8), fisher_probe)
     ratios = [b / a for name in exact.tied for a, b in zip(exact.tied[name], quick.tied[name], strict=True)]
-    assert min(ratios) > 0.8 and max(ratios) < 1.25
+    assert min(ratios) > 0.7 and max(ratios) < 1.4
     unchanged = [sum(exact.tied[name][index] == quick.tied[name][index] for name in exact.tied) for index in (0, -1)]
     assert unchanged[0] > 0.8 * len(exact.tied) and unchanged[1] == 0  # nearly nothing is left out at 2 bits, everything at 8

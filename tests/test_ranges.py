@@ -80,9 +80,9 @@ def test_histograms_count_what_numpy_counts(batches: list[tuple[float, float, in
 
 def test_a_range_grows_by_doubling_and_merges_neighbours():
     first = _add(None, torch.tensor([0.0, 1.0, 0.5]))
-    assert (first.low, first.high) == (0.0, 1.0)
+    assert (first.low, first.high) == (0.0, pytest.approx(1.0, abs=2e-3))
     second = _add(first, torch.tensor([-0.5, 2.9]))
-    assert (second.low, second.high) == (-1.0, 3.0)
+    assert (second.low, second.high) == (pytest.approx(-1.0, abs=2e-3), pytest.approx(3.0, abs=6e-3))
     counted = {float(centers(second)[index]): int(second.counts[index]) for index in second.counts.nonzero().flatten()}
     assert sum(counted.values()) == 5
     for value in (0.0, 1.0, 0.5, -0.5, 2.9):
@@ -103,14 +103,21 @@ def test_samples_do_not_fall_in_step_with_the_channels():
     histogram = _add(None, x)
     counts = histogram.counts / histogram.counts.sum()
     assert float(histogram.counts.sum()) < x.numel() / 3 + 1
-    assert float(counts[-1]) == pytest.approx(1 / 3, abs=0.01)
+    assert float(counts[BINS // 2 :].sum()) == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_the_extremes_are_found_however_many_values_there_are():
     x = torch.zeros(400_001)
     x[77_777], x[300_001] = -3.0, 5.0
     histogram = _add(None, x)
-    assert (histogram.low, histogram.high) == (-3.0, 5.0)
+    assert -3.01 < histogram.low <= -3.0 and 5.0 <= histogram.high < 5.01
+
+
+def test_a_batch_that_reaches_as_far_but_for_rounding_does_not_double_the_range():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    first = _add(None, x)
+    second = _add(first, x * (1 + 3e-7))
+    assert (second.low, second.high) == (first.low, first.high)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -228,7 +235,7 @@ def test_histograms_of_a_graph_hold_what_its_layers_read():
 def test_channel_ranges_are_those_of_all_images_together():
     graph = rewrite(captured("swin")[1])
     x = images(5, 40)
-    found = channel_ranges(graph, batches_of(x, 2))
+    found = channel_ranges(graph, foldable_norms(graph), batches_of(x, 2))
     values = values_at(graph.module, x, list(foldable_norms(graph)))
     assert set(found) == set(values)
     for name, value in values.items():

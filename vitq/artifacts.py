@@ -137,7 +137,7 @@ class MetricOptions(Value):
     lrp_target: LrpTarget = "pred"
     lrp_aggregate: LrpAggregate = "abs"
     sensitivity_loss: SensitivityLoss = "kl"
-    sensitivity_baseline: str = "w8a8"
+    sensitivity_baseline: str = "fp32"
     fisher: FisherLabels = "true"
     pairs: bool = False
 

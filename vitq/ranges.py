@@ -6,7 +6,7 @@ with the least squared error, found on the histogram by a coarse grid of (low, h
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,13 +19,14 @@ from vitq.artifacts import Layer
 from vitq.errors import InputError
 from vitq.graph import Graph, run
 from vitq.graph.run import Intercept
-from vitq.rewrites import ChannelRange, fold_layernorms, foldable_norms
+from vitq.rewrites import ChannelRange, couplings, fold_layernorms, foldable_norms, rescale_attention
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
 """Batches of (images (B, 3, H, W) float32, labels (B,) or None) that can be gone through more than once."""
 
 BINS = 2048
-_SAMPLES = 100_000  # values of one tensor that a batch adds, evenly spread; the extremes are always exact
+_SAMPLES = 100_000  # values of one tensor that a batch adds, evenly spread; the range covers the extremes in any case
+_MARGIN = 1e-3  # of the first batch's range: a later batch that reaches just as far, as behind a fold, does not double the histogram
 _SHRINKS = 16  # grid points a side in the coarse stage
 _FINE = 7  # grid points a side in the fine stage
 _WEIGHT_SHRINKS = 24  # ranges that are tried for a weight's channel
@@ -54,7 +55,7 @@ class Histogram:
 
 
 def fold(graph: Graph, batches: Batches) -> tuple[Graph, dict[str, Histogram]]:
-    """Folds the LayerNorms by the channel ranges that the images show, and gathers the folded graph's activation histograms.
+    """Folds LayerNorms and rescales attention by the channel ranges that the images show, and gathers the activations' histograms.
 
     Args:
         graph: a rewritten graph.
@@ -63,12 +64,15 @@ def fold(graph: Graph, batches: Batches) -> tuple[Graph, dict[str, Histogram]]:
     Returns:
         The folded graph and a histogram of each activation, by `Operand.tensor`.
     """
-    folded = fold_layernorms(graph, channel_ranges(graph, batches))
+    coupled = couplings(graph)
+    rows = {side.linear for coupling in coupled for side in (coupling.first, coupling.second) if not side.columns}
+    found = channel_ranges(graph, {*foldable_norms(graph), *rows}, batches)
+    folded = fold_layernorms(rescale_attention(graph, coupled, found), found)
     return folded, histograms(folded, batches)
 
 
-def channel_ranges(graph: Graph, batches: Batches) -> dict[str, ChannelRange]:
-    """The lowest and highest value of each channel of every foldable LayerNorm's output, by node name."""
+def channel_ranges(graph: Graph, names: Collection[str], batches: Batches) -> dict[str, ChannelRange]:
+    """The lowest and highest value of each channel, the last axis, of the named nodes' outputs."""
     found: dict[str, ChannelRange] = {}
 
     def widen(name: str, value: Tensor) -> None:
@@ -86,7 +90,7 @@ def channel_ranges(graph: Graph, batches: Batches) -> dict[str, ChannelRange]:
 
         return intercept
 
-    _go_through(graph, batches, {name: watch(name) for name in foldable_norms(graph)})
+    _go_through(graph, batches, {name: watch(name) for name in names})
     return found
 
 
@@ -194,8 +198,9 @@ def _add(histogram: Histogram | None, value: Tensor) -> Histogram:
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         raise InputError("an activation is not finite for these images; look for damaged weights or images")
     if histogram is None:
-        margin = 1e-6 * max(abs(low), abs(high), 1e-6)  # a constant still needs bins of some width
-        histogram = Histogram(low, max(high, low + margin), torch.zeros(BINS, dtype=torch.float64))
+        margin = _MARGIN * max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)  # a constant still needs bins of some width
+        ends = low - margin * (low != 0), high + margin * (high != 0 or low == 0)
+        histogram = Histogram(*ends, torch.zeros(BINS, dtype=torch.float64))
     while low < histogram.low or high > histogram.high:
         histogram = _doubled(histogram, downwards=low < histogram.low)
     values = value.flatten()

@@ -62,8 +62,13 @@ def consumers(node: Node, through: set) -> Iterator[tuple[Node, Node]]:
     for user in node.users:
         if user.op == "call_function" and user.target in through and optional_argument(user, 0) is node:
             yield from consumers(user, through)
-        elif user.target not in _READS_SHAPE or (user.target in _TAKES_SHAPE and optional_argument(user, 0) is node):
+        elif reads_values(user, node):
             yield user, node
+
+
+def reads_values(user: Node, node: Node) -> bool:
+    """Whether a user of a value computes with it, and does not only ask for its shape."""
+    return user.target not in _READS_SHAPE or (user.target in _TAKES_SHAPE and optional_argument(user, 0) is node)
 
 
 def argument(node: Node, index: int) -> Node:

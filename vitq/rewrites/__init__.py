@@ -1,20 +1,23 @@
 """Exact float rewrites of the captured graph, one file each; each takes a Graph and returns a new one.
 
-`prepare` makes the graph that everything later starts from; folding LayerNorms needs the channels' ranges and comes with calibration.
+`prepare` makes the graph that everything later starts from; folding LayerNorms and rescaling attention need the channels' ranges and
+come with calibration.
 """
 
 from vitq.artifacts import ModelSpec
 from vitq.graph import Graph, capture
 from vitq.models import LoadedModel
 from vitq.rewrites.as_linear import convolutions_as_linears
+from vitq.rewrites.attention import couplings, rescale_attention
 from vitq.rewrites.batchnorm import fold_batchnorm
 from vitq.rewrites.biases import give_biases
-from vitq.rewrites.layernorm import ChannelRange, fold_layernorms, foldable_norms
+from vitq.rewrites.channels import ChannelRange
+from vitq.rewrites.layernorm import fold_layernorms, foldable_norms
 from vitq.rewrites.own_weights import own_weights
 
 __all__ = [
-    "ChannelRange", "convolutions_as_linears", "fold_batchnorm", "fold_layernorms", "foldable_norms", "give_biases", "own_weights",
-    "prepare", "rewrite",
+    "ChannelRange", "convolutions_as_linears", "couplings", "fold_batchnorm", "fold_layernorms", "foldable_norms", "give_biases",
+    "own_weights", "prepare", "rescale_attention", "rewrite",
 ]  # fmt: skip
 
 

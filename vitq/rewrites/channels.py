@@ -1,5 +1,6 @@
-"""Proves that a channel axis survives a chain of shape-only ops, by running the chain on the channels' own numbers."""
+"""Proves where channels go in a chain of shape-only ops, by running the chain on the channels' own numbers."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,7 +8,15 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from vitq.graph.dataflow import op_of, optional_argument
+from vitq.graph.dataflow import aten, op_of, optional_argument
+
+
+@dataclass(frozen=True)
+class ChannelRange:
+    """The range of each channel of a value on the images: `low` and `high`, float32 (C,)."""
+
+    low: Tensor
+    high: Tensor
 
 
 def reaches_in_order(source: Node, source_axis: int, target: Node, target_axis: int) -> bool:
@@ -18,7 +27,7 @@ def reaches_in_order(source: Node, source_axis: int, target: Node, target_axis: 
 
 def arrives(source: Node, source_axis: int, target: Node, target_axis: int) -> tuple[bool, bool]:
     """Whether the channels arrive in order, all of them, and whether padding zeros arrive among them."""
-    arrived = probe(source, source_axis, target)
+    arrived = carry(source, numbered(source, source_axis), target)
     if arrived is None:
         return False, False
     rows = arrived.movedim(target_axis, -1)
@@ -27,10 +36,22 @@ def arrives(source: Node, source_axis: int, target: Node, target_axis: int) -> t
     return in_order, in_order and bool((arrived == 0).any())
 
 
-def probe(source: Node, source_axis: int, target: Node) -> Tensor | None:
-    """What `target` holds if each element of `source` is the number of its channel, counted from 1; None off a chain.
+def numbered(source: Node, axis: int) -> Tensor:
+    """A value of the source's shape whose elements are the numbers of their channels along an axis, counted from 1."""
+    shape = source.meta["val"].shape
+    numbers = torch.arange(1, shape[axis] + 1, dtype=torch.float32)
+    return numbers.reshape([-1 if at == axis % len(shape) else 1 for at in range(len(shape))]).expand(shape).contiguous()
 
-    The ops between must be shape-only; nodes carry one image's shapes in `meta["val"]`.
+
+def is_factor(node: Node) -> bool:
+    """Whether a node multiplies or divides a value by a single number."""
+    return node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.args) == 2 and isinstance(node.args[1], int | float)
+
+
+def carry(source: Node, numbers: Tensor, target: Node) -> Tensor | None:
+    """What `target` holds if `source` holds `numbers`; None where no chain of first arguments leads from one to the other.
+
+    The ops between must be shape-only, or factors, which are passed over; nodes carry one image's shapes in `meta["val"]`.
     """
     chain = [target]
     while chain[-1] is not source:
@@ -38,10 +59,10 @@ def probe(source: Node, source_axis: int, target: Node) -> Tensor | None:
         if previous is None or chain[-1].op != "call_function":
             return None
         chain.append(previous)
-    shape = source.meta["val"].shape
-    numbers = torch.arange(1, shape[source_axis] + 1, dtype=torch.float32)
-    value = numbers.reshape([-1 if axis == source_axis % len(shape) else 1 for axis in range(len(shape))]).expand(shape).contiguous()
+    value = numbers
     for node in reversed(chain[:-1]):
+        if is_factor(node):
+            continue
         known = {optional_argument(node, 0): value}
 
         def value_of(argument: Node, known: dict[Node | None, Any] = known) -> Any:

@@ -13,7 +13,7 @@ tensor afterwards. Where padding enters between the norm and its readers, and fo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,15 +23,7 @@ from vitq.graph import Graph, analyse, assign, copy, tensor_of
 from vitq.graph.dataflow import BIJECTIVE, NORMS, PARTIAL, argument, aten, consumers, optional_argument
 from vitq.graph.layers import operand_nodes
 from vitq.rewrites.biases import bias_name, set_bias
-from vitq.rewrites.channels import arrives
-
-
-@dataclass(frozen=True)
-class ChannelRange:
-    """The range of each channel of a LayerNorm's output: `low` and `high`, float32 (C,)."""
-
-    low: Tensor
-    high: Tensor
+from vitq.rewrites.channels import ChannelRange, arrives
 
 
 def foldable_norms(graph: Graph) -> dict[str, bool]:
