@@ -23,9 +23,11 @@ def small_vit(**arguments: object) -> nn.Module:
     fused = use_fused_attn()
     set_fused_attn(False)
     try:
-        return timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10, **arguments
-        ).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return timm.create_model(
+                "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10, **arguments
+            ).eval()
     finally:
         set_fused_attn(bool(fused))
 
