@@ -66,9 +66,44 @@ def test_a_plan_is_refined_and_audited(session: Path):
     assert plan.summary["average_weight_bits"] == found["average_weight_bits"]
 
 
-def test_without_a_budget_there_is_nothing_to_refine_within(session: Path):
-    done = vitq("allocate", "--uniform", "4", "--refine", folder=session)
-    assert done.code == 2 and "--budget" in done.err and not (session / "vitq-run" / "plan.json").exists()
+def test_an_audit_says_how_many_plans_its_correlation_is_over(session: Path):
+    done = vitq("allocate", "--budget", "3.0", "--audit", 2, folder=session)
+    assert "over 3 plans of this budget" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize("without_budget", [("--uniform", "4"), ("--pareto", "stairs.json")], ids=" ".join)
+@pytest.mark.parametrize("measuring", [("--refine",), ("--audit", "2")], ids=" ".join)
+def test_without_a_budget_nothing_is_measured_nor_loaded(
+    session: Path, without_budget: tuple[str, str], measuring: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    def unreached(*_: object, **__: object) -> None:
+        raise AssertionError("something expensive was begun")
+
+    monkeypatch.setattr("vitq.models.load", unreached)
+    monkeypatch.setattr("vitq.allocation.pareto", unreached)
+    done = vitq("allocate", *without_budget, *measuring, folder=session)
+    assert done.code == 2, done.err
+    assert "--refine and --audit measure plans of one budget, and none was given; give --budget 4.0, or leave them out" in done.err
+    assert not (session / "vitq-run" / "plan.json").exists() and not (session / "stairs.json").exists()
+
+
+def test_a_staircase_has_the_papers_layers_and_the_gap_that_was_asked_for(session: Path):
+    options = ("--bits", "3,4", "--force", "--json")
+    plain = vitq("allocate", "--pareto", "stairs.json", *options, folder=session).document
+    papers = vitq("allocate", "--pareto", "stairs.json", "--paper-parity", "--gap", "0", *options, folder=session).document
+    for plan in papers["plans"] + papers["uniform"]:
+        level = int(plan["budget"])
+        assert (plan["layers"]["head"], plan["layers"]["patch_embed.proj"]) == ([level, level], [level, 8])
+    assert all(plan["layers"]["head"] == [8, 8] for plan in plain["plans"])
+    assert all(plan["gap"] == 0 for plan in papers["plans"])
+    single = vitq("allocate", "--budget", "3.5", "--paper-parity", *options, folder=session).document
+    (step,) = (plan for plan in papers["plans"] if plan["budget"] == 3.5)
+    assert (step["objective"], step["size_bytes"]) == (single["objective"], single["size_bytes"])
+
+
+def test_the_name_of_a_plan_has_no_meaning_for_a_staircase_alone(session: Path):
+    done = vitq("allocate", "--pareto", "stairs.json", "-o", "plan.json", folder=session)
+    assert done.code == 2 and "-o plan.json is for the plan" in done.err and not (session / "stairs.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,19 @@ import random
 
 import pytest
 import torch
-from allocation_problems import make_layer
+from allocation_problems import make_layer, make_profile, make_table
 from small_models import captured, images
 
 from vitq.affine import quantize_dequantize, quantize_weight
+from vitq.allocation import Wishes, allocate, lay_out
 from vitq.allocation.budgets import parse_budget
 from vitq.allocation.choices import settle
 from vitq.allocation.moves import Bits, Moves
+from vitq.artifacts import BitPlan
 from vitq.graph import values_at
 from vitq.ranges import activation_qparams, fold, weight_ranges
 from vitq.rewrites import rewrite
-from vitq.trials import audit, refine
+from vitq.trials import Judge, audit, refine
 from vitq.trials.audit import random_plan
 from vitq.trials.refine import layer_errors
 
@@ -96,6 +98,7 @@ def test_an_audit_compares_the_order_of_plans_of_one_budget():
 
     same = audit(uniform(3), uniform(3), moves, 6, predict, lambda bits: 2 * predict(bits), seed=1)
     assert same.names[0] == "chosen" and same.names[-1] == "uniform" and len(same.names) == 8
+    assert same.compared == 7, "the uniform plan is of another budget"
     assert same.correlation == pytest.approx(1.0) and same.ratio == pytest.approx(2.0)
     assert audit(uniform(3), None, moves, 6, predict, lambda bits: -predict(bits), seed=1).correlation == pytest.approx(-1.0)
     assert audit(uniform(3), None, moves, 1, predict, predict, seed=1).correlation is None
@@ -135,6 +138,31 @@ def test_the_update_finds_the_best_plan_that_pairs_lead_to():
     found = refine(uniform(3), moves, ERRORS, lambda bits: loss[str(sorted(bits.items()))], patience=20)
     raised = uniform(3) | {"qk": (None, 4), "fc": (2, 2)}
     assert found.bits == raised
+
+
+@pytest.mark.parametrize("better", ["another plan", "none"])
+def test_the_report_of_a_refined_plan_is_its_own(better: str):
+    profile = make_profile(LAYERS, make_table(LAYERS, WIDTHS, random.Random(0)), 100)
+    chosen = allocate(profile, ["3.2"])
+    start = {entry.name: entry.activation_bits for entry in chosen.plan.layers}
+
+    def measure(plan: BitPlan) -> float:
+        moved = sum(abs(entry.activation_bits - start[entry.name]) for entry in plan.layers)
+        return -moved if better == "another plan" else moved
+
+    refined, found = Judge(lay_out(profile, Wishes(), ["3.2"]), ["3.2"], measure).refined(chosen, ERRORS)
+    report = refined.report
+    assert {key: value for key, value in report.items() if key not in ("refinement", "solve_seconds")} == refined.plan.summary
+    if better == "none":
+        assert refined.plan == chosen.plan and report == chosen.report | {"refinement": report["refinement"]}
+        return
+    table = profile.costs["random"]
+    bits = {name: min(width, 4) for name, (_, width) in found.bits.items()}  # the head's 8 bits cost what the widest width does
+    assert report["objective"] == pytest.approx(sum(table.tied[name][WIDTHS.index(width)] for name, width in bits.items()))
+    assert chosen.report["shadow_prices"] and report["shadow_prices"] == [], "prices are those of the best predicted plan"
+    assert report["bound"] == chosen.report["bound"] <= report["objective"]
+    assert report["gap"] == (report["objective"] - report["bound"]) / report["objective"]
+    assert report["status"] == "refined by measuring"
 
 
 def test_layer_errors_are_those_of_layers_run_again():

@@ -7,7 +7,7 @@
 Needs no torch, so that a plan can be made anywhere.
 """
 
-from vitq.allocation.allocate import Allocation, allocate, lay_out
+from vitq.allocation.allocate import Allocation, Wishes, allocate, lay_out
 from vitq.allocation.pareto import as_json, draw, pareto
 
-__all__ = ["Allocation", "allocate", "as_json", "draw", "lay_out", "pareto"]
+__all__ = ["Allocation", "Wishes", "allocate", "as_json", "draw", "lay_out", "pareto"]

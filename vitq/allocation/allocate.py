@@ -32,11 +32,25 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What is asked of an allocation beside its budgets; each as `allocate` has it."""
+
+    metric: str | None = None
+    bits: Sequence[int] | None = None
+    bits_apart: bool = False
+    fixed: Sequence[str] = ()
+    paper_parity: bool = False
+    objective: str | None = None
+    gamma: float | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
 class Search:
     """What is chosen from and what is minimised: all of an allocation but its budgets.
 
-    `metric`, `objective_name`, `candidates` and `gamma` are what the options, or a preset, came to. `costs` has one number an option of
-    `tree`; `products` what pairs of choices cost together.
+    `metric`, `objective_name`, `candidates`, `fixed` and `gamma` are what the wishes, or a preset, came to. `costs` has one number an
+    option of `tree`; `products` what pairs of choices cost together.
     """
 
     profile: Profile
@@ -46,6 +60,7 @@ class Search:
     gamma: float
     candidates: tuple[int, ...]
     bits_apart: bool
+    fixed: tuple[str, ...]
     objective: Objective
     tree: ChoiceTree
     costs: tuple[float, ...]
@@ -79,11 +94,11 @@ def allocate(
     bits: Sequence[int] | None = None,
     bits_apart: bool = False,
     fixed: Sequence[str] = (),
+    paper_parity: bool = False,
     objective: str | None = None,
     gamma: float | None = None,
     preset: str | None = None,
     gap: float | None = None,
-    paper_parity: bool = False,
 ) -> Allocation:
     """Chooses the bits of every layer: the least predicted increase of the loss that meets all budgets, with a proof of how good it is.
 
@@ -95,12 +110,12 @@ def allocate(
         bits: candidate widths, a part of the table's; by default the preset's, else all of them.
         bits_apart: whether a weight and its layer's input may differ in bits.
         fixed: 'GLOB=8' or 'GLOB=4/8': layers that keep these bits; patch embedding and head are at 8 unless given here.
+        paper_parity: patch embedding and head not at 8 bits but as the post-training papers have them (`choices.paper_parity`), at the
+            whole bits of the uniform width, of the average or of `like=`; `fixed` wins.
         objective: a name in `OBJECTIVES`; by default the preset's, else `sum`.
         gamma: by how much one bit more divides a cost, above 1, for the objective `gamma`; by default 4.
         preset: a name in `PRESETS`, what a paper does.
         gap: (objective - bound) / |objective| at which to stop, however long that takes; by default 0, unless that takes too much work.
-        paper_parity: patch embedding and head not at 8 bits but as the post-training papers have them (`choices.paper_parity`), at the
-            whole bits of the uniform width, of the average or of `like=`; `fixed` wins.
 
     Returns:
         The plan, its layers sorted by name (blocks.2 before blocks.10), and the report. `objective`, `bound` are in the unit of the table.
@@ -113,9 +128,7 @@ def allocate(
     if bool(budgets) == (uniform is not None):
         given = "both budgets and a uniform width were" if budgets else "neither a budget nor a uniform width was"
         raise UsageError(f"{given} given; {ACCEPTED} with --budget, or --uniform 4 for no search")
-    if paper_parity:
-        fixed = [*papers_fixed(*_nominal(budgets, uniform), profile.layers), *fixed]
-    search = lay_out(profile, budgets, metric, bits, bits_apart, fixed, objective, gamma, preset)
+    search = lay_out(profile, Wishes(metric, bits, bits_apart, fixed, paper_parity, objective, gamma, preset), budgets, uniform)
     if uniform is not None:
         widths = search.scope.uniform(*parse_widths(uniform, "--uniform"))
         value = search.objective.total(widths)
@@ -137,28 +150,22 @@ def allocate(
     }
     summary = summarize(search.scope, widths, profile.rest_bytes, budgets) | certificate
     asked = {"metric": search.metric, "objective": search.objective_name, "budgets": list(budgets), "uniform": uniform}
-    asked |= {"bits": list(search.candidates), "bits_apart": bits_apart, "fixed": list(fixed)}
+    asked |= {"bits": list(search.candidates), "bits_apart": bits_apart, "fixed": list(search.fixed)}
     asked |= {"gamma": search.gamma} if search.objective_name == "gamma" else {}
     asked |= {"preset": preset} if preset is not None else {}
     return Allocation(_plan(profile, search.scope, widths, summary, asked), summary | {"solve_seconds": solution.seconds})
 
 
-def lay_out(
-    profile: Profile,
-    budgets: Sequence[str] = (),
-    metric: str | None = None,
-    bits: Sequence[int] | None = None,
-    bits_apart: bool = False,
-    fixed: Sequence[str] = (),
-    objective: str | None = None,
-    gamma: float | None = None,
-    preset: str | None = None,
-) -> Search:
-    """The options that are left and what they cost; arguments and errors as those of `allocate`."""
+def lay_out(profile: Profile, wishes: Wishes, budgets: Sequence[str] = (), uniform: str | None = None) -> Search:
+    """The options that are left and what they cost; arguments and errors as those of `allocate`.
+
+    Budgets and uniform width set no limit here: they say which bits a preset and `paper_parity` speak of.
+    """
     if not profile.layers:
         raise InputError("the profile has no layers; run `vitq profile MODEL --images PATH` on a model that has some")
-    if preset is not None:
-        paper = find_preset(preset, profile.costs, metric)
+    metric, objective, bits, gamma = wishes.metric, wishes.objective, wishes.bits, wishes.gamma
+    if wishes.preset is not None:
+        paper = find_preset(wishes.preset, profile.costs, metric)
         metric, objective = metric or paper.metric, objective or paper.objective
         bits = bits if bits is not None else paper.bits(budgets)
     name, table = _table(profile, metric)
@@ -171,13 +178,15 @@ def lay_out(
         raise UsageError(f"--gamma has no meaning for objective {objective!r}; leave it out or give --objective gamma")
     gamma = GAMMA if gamma is None else gamma
     candidates = _candidates(table, bits, name)
+    papers = papers_fixed(*_nominal(budgets, uniform), profile.layers) if wishes.paper_parity else []
+    fixed = (*papers, *wishes.fixed)
     scope = settle(profile.layers, fixed)
-    minimised = OBJECTIVES[objective](table, bits_apart, gamma)
-    tree = choice_tree(scope, candidates, bits_apart)
+    minimised = OBJECTIVES[objective](table, wishes.bits_apart, gamma)
+    tree = choice_tree(scope, candidates, wishes.bits_apart)
     inside, products = _products(tree, minimised)
     # A sum over the layers of one option, each exactly once, so that its rounding does not depend on the profile's order.
-    costs = [Objective(minimised.price, inside.get(at, {})).total(option) for at, option in enumerate(tree.options)]
-    return Search(profile, scope, name, objective, gamma, tuple(candidates), bits_apart, minimised, tree, tuple(costs), products)
+    costs = tuple(Objective(minimised.price, inside.get(at, {})).total(option) for at, option in enumerate(tree.options))
+    return Search(profile, scope, name, objective, gamma, tuple(candidates), wishes.bits_apart, fixed, minimised, tree, costs, products)
 
 
 def _products(tree: ChoiceTree, objective: Objective) -> tuple[dict[int, dict[Any, Any]], Products]:

@@ -9,10 +9,11 @@ Left out: staircases over size or BitOps alone, whose values every step has besi
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from vitq.allocation.allocate import Search, in_words_and_numbers, lay_out
+from vitq.allocation.allocate import Search, Wishes, in_words_and_numbers, lay_out
 from vitq.allocation.budgets import parse_budget
 from vitq.allocation.choices import Widths
 from vitq.allocation.summary import summarize
@@ -23,37 +24,42 @@ GAP = 1e-3
 STEP = Fraction(1, 10)
 
 
-def pareto(
-    profile: Profile,
-    *,
-    metric: str | None = None,
-    bits: Sequence[int] | None = None,
-    bits_apart: bool = False,
-    fixed: Sequence[str] = (),
-    objective: str | None = None,
-    gamma: float | None = None,
-    preset: str | None = None,
-) -> dict[str, Any]:
+def pareto(profile: Profile, wishes: Wishes | None = None, gap: float | None = None) -> dict[str, Any]:
     """The best plan for each average of bits.
 
-    Arguments and errors are those of `allocate`, which has the budgets beside them; a preset without a budget takes all widths.
+    Args:
+        profile: the layers and what their bits cost.
+        wishes: as for `allocate`, with its errors. A preset takes all widths, as none is named; with `paper_parity` the papers' layers
+            have the whole bits of each step's average.
+        gap: (objective - bound) / |objective| at which to stop with each plan; by default `GAP`.
 
     Returns:
         A JSON document: `plans`, cheapest budget first, each with `budget` (average bits), `average_weight_bits`,
         `average_activation_bits`, `size_bytes`, `bops`, `objective`, `bound`, `gap` and `layers` (name -> [weight bits, activation bits]);
         and `uniform`, the same for equal bits everywhere without a proof. `unit` is that of the objective.
     """
-    search = lay_out(profile, (), metric, bits, bits_apart, fixed, objective, gamma, preset)
+    wishes = wishes or Wishes()
+    search = lay_out(profile, replace(wishes, paper_parity=False))
+    searches: dict[int, Search] = {}
+
+    def at(level: int) -> Search:
+        """The search whose fixed layers are those of plans of `level` bits."""
+        if not wishes.paper_parity:
+            return search
+        if level not in searches:
+            searches[level] = lay_out(profile, replace(wishes, bits=search.candidates), uniform=str(level))
+        return searches[level]
+
     plans: list[dict[str, Any]] = []
     for average in _averages(search):
-        text = f"{float(average):.2f}"
-        solution = search.solve(parse_budget(text, search.scope, profile.rest_bytes), GAP)
+        text, here = f"{float(average):.2f}", at(int(average))
+        solution = here.solve(parse_budget(text, here.scope, profile.rest_bytes), GAP if gap is None else gap)
         if solution is not None and (not plans or solution.objective < plans[-1]["objective"]):
             proof = {"bound": solution.bound, "gap": (solution.objective - solution.bound) / max(abs(solution.objective), 1e-12)}
-            plans.append(_entry(search, float(average), search.widths(solution), solution.objective) | proof)
-    levels = [(width, search.scope.uniform(width, width)) for width in search.candidates]
-    uniform = [_entry(search, width, widths, search.objective.total(widths)) for width, widths in levels]
-    named = {"metric": search.metric, "objective": search.objective_name, "unit": search.unit, "bits_apart": bits_apart}
+            plans.append(_entry(here, float(average), here.widths(solution), solution.objective) | proof)
+    uniform = [_entry(at(k), k, widths := at(k).scope.uniform(k, k), at(k).objective.total(widths)) for k in search.candidates]
+    named = {"metric": search.metric, "objective": search.objective_name, "unit": search.unit, "bits_apart": search.bits_apart}
+    named |= {"paper_parity": True} if wishes.paper_parity else {}
     return {"format": "vitq-pareto/1"} | named | {"plans": plans, "uniform": uniform}
 
 

@@ -17,6 +17,7 @@ from vitq.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vitq.allocation import Wishes
     from vitq.allocation.allocate import Search
     from vitq.trials import Audit, Judge, Refinement
     from vitq.trials.refine import Errors
@@ -78,29 +79,30 @@ def allocate(
 ) -> None:
     """Choose the bits of every layer within a budget."""
     terminal = Terminal(quiet, verbose, as_json)
+    if (refine or audit) and not budget:
+        raise UsageError("--refine and --audit measure plans of one budget, and none was given; give --budget 4.0, or leave them out")
     folder = run_folder(run_dir, profile)
     alone = pareto is not None and not budget and uniform is None
-    path = output_path(output, folder, PLAN, force or alone)
-    widths = options.parse_bits(bits)
+    if alone and output is not None:
+        raise UsageError(f"-o {output} is for the plan, and --pareto alone makes none; give --budget 4.0 too, or leave -o out")
     found = load_profile(profile or folder / PROFILE)
+    path = output_path(output, folder, PLAN, force or alone)
+    from vitq.allocation import Wishes, lay_out
     from vitq.allocation import allocate as choose
-    from vitq.allocation import lay_out
 
-    wanted = {"metric": metric, "bits": widths, "bits_apart": bits_apart, "fixed": fixed or (), "objective": objective, "gamma": gamma}
-    wanted["preset"] = preset
+    wishes = Wishes(metric, options.parse_bits(bits), bits_apart, tuple(fixed or ()), paper_parity, objective, gamma, preset)
     if pareto is not None:
-        staircase, lines = _write_staircase(pareto, found, wanted, force)
+        staircase, lines = _write_staircase(pareto, found, wishes, gap, force)
         if alone:
             terminal.result(staircase, *lines)
             return
         terminal.note("\n".join(lines))
-    chosen = choose(found, budget or (), uniform=uniform, gap=gap, paper_parity=paper_parity, **wanted)
+    chosen = choose(found, budget or (), uniform=uniform, gap=gap, **vars(wishes))
     measured: list[Any] = []
     if refine or audit:
         reading = Reading(images, num_images, seed, batch_size, workers)
         memory = Memory(found.made_from, profile or folder / PROFILE)
-        wanted["fixed"] = chosen.plan.made_from["allocation"]["fixed"]
-        judge, errors = _judge(lay_out(found, budget or (), **wanted), budget or (), memory, model, reading, device)
+        judge, errors = _judge(lay_out(found, wishes, budget or ()), budget or (), memory, model, reading, device)
         if refine:
             chosen, steps = judge.refined(chosen, errors())
             measured += refinement_lines(steps)
@@ -133,19 +135,21 @@ def _judge(
 
 def refinement_lines(found: "Refinement") -> list[str]:
     """What the update tried, and what it came to."""
+    kept = sum(step.kept for step in found.steps)
     lines = [f"{'kept' if step.kept else 'left'}  {step.up} up, {step.down} down: loss {step.loss:.4g}" for step in found.steps]
     return [
         *lines,
-        f"measured      {found.start:.4g} before and {found.loss:.4g} after {sum(step.kept for step in found.steps)} pairs kept",
+        f"measured      {found.start:.4g} before and {found.loss:.4g} after {kept} pairs kept",
+        *(["price         none: shadow prices are those of the plan before, which was the best predicted"] if kept else []),
     ]
 
 
 def audit_table(found: "Audit") -> "Table":
     """A row a plan: what it was predicted to cost and what it measured."""
-    order = "too few plans to say" if found.correlation is None else f"rank correlation {found.correlation:.3f}"
+    order = "no rank correlation" if found.correlation is None else f"rank correlation {found.correlation:.3f}"
     from rich.table import Table
 
-    table = Table(title=f"audit: {order}", box=None)
+    table = Table(title=f"audit: {order} over {found.compared} plans of this budget", box=None)
     for name in ("plan", "predicted", "measured"):
         table.add_column(name, justify="left" if name == "plan" else "right")
     for name, predicted, measured in zip(found.names, found.predicted, found.measured, strict=True):
@@ -153,7 +157,7 @@ def audit_table(found: "Audit") -> "Table":
     return table
 
 
-def _write_staircase(path: Path, profile: Profile, wanted: dict[str, Any], force: bool) -> tuple[dict[str, Any], list[str]]:
+def _write_staircase(path: Path, profile: Profile, wishes: "Wishes", gap: float | None, force: bool) -> tuple[dict[str, Any], list[str]]:
     """Writes the staircase and its picture; (the staircase, what to say)."""
     from vitq.allocation import as_json, draw, pareto
 
@@ -162,7 +166,7 @@ def _write_staircase(path: Path, profile: Profile, wanted: dict[str, Any], force
     picture = path.with_suffix(".svg")
     for file in (path, picture):
         refuse_existing(file, force)
-    staircase = pareto(profile, **wanted)
+    staircase = pareto(profile, wishes, gap)
     write_whole(path, lambda temporary: temporary.write_text(as_json(staircase), encoding="utf-8"))
     try:
         drawn = draw(staircase, "svg")

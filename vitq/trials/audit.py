@@ -16,14 +16,15 @@ Loss = Callable[[Bits], float]
 class Audit:
     """The plans' names, and what each was predicted to cost and measured to cost, in the loss's unit.
 
-    `correlation` is Spearman's, over the random plans and the chosen one (all of one budget, so that it is about the metric and not about
-    the budget); None where there are fewer than three.
+    `correlation` is Spearman's, over the random plans and the chosen one, `compared` in all (all of one budget, so that it is about the
+    metric and not about the budget); None where there are fewer than three, or all of one loss.
     """
 
     names: tuple[str, ...]
     predicted: tuple[float, ...]
     measured: tuple[float, ...]
     correlation: float | None
+    compared: int
 
     @property
     def ratio(self) -> float:
@@ -48,9 +49,8 @@ def audit(chosen: Bits, uniform: Bits | None, moves: Moves, count: int, predict:
     plans = [("chosen", chosen), *((f"random {index}", bits) for index, bits in enumerate(randoms, start=1))]
     plans += [("uniform", uniform)] if uniform is not None else []
     predicted, measured = ([loss(bits) for _, bits in plans] for loss in (predict, measure))
-    return Audit(
-        tuple(name for name, _ in plans), tuple(predicted), tuple(measured), _spearman(predicted[: count + 1], measured[: count + 1])
-    )
+    correlation = _spearman(predicted[: count + 1], measured[: count + 1])
+    return Audit(tuple(name for name, _ in plans), tuple(predicted), tuple(measured), correlation, count + 1)
 
 
 def random_plan(moves: Moves, start: Bits, source: random.Random) -> Bits:

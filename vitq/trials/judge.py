@@ -35,18 +35,23 @@ class Judge:
         return Moves.of(scope, limits, self.search.candidates, self.search.bits_apart)
 
     def refined(self, chosen: Allocation, errors: Errors) -> tuple[Allocation, Refinement]:
-        """The allocation after LampQ's update, its certificate that of the plan it has become, and what was tried."""
+        """The allocation after LampQ's update, and what was tried.
+
+        Its report is that of the plan it has become: `bound` holds for every plan within the budgets, and `gap` is the distance to it.
+        Shadow prices are left out where the plan changed, since they are those of the best predicted plan.
+        """
         found = refine(_bits(chosen.plan), self.moves, errors, lambda bits: self.measure(_with_bits(chosen.plan, bits)))
-        widths = self._widths(found.bits)
-        summary = summarize(self.search.scope, widths, self.search.profile.rest_bytes, self.budgets)
-        objective, bound = self.search.objective.total(widths), chosen.report["bound"]
-        certificate = {"objective": objective, "bound": bound, "gap": (objective - bound) / max(abs(objective), 1e-12)}
-        kept = any(step.kept for step in found.steps)
-        certificate["status"] = "refined by measuring" if kept else chosen.report["status"]
         measured: dict[str, Any] = {"start": found.start, "loss": found.loss, "steps": [vars(step) for step in found.steps]}
+        if not any(step.kept for step in found.steps):
+            return replace(chosen, report={**chosen.report, "refinement": measured}), found
+        widths = self._widths(found.bits)
+        objective, bound = self.search.objective.total(widths), chosen.report["bound"]
+        sums = summarize(self.search.scope, widths, self.search.profile.rest_bytes, self.budgets)
+        sums |= {"objective": objective, "gap": (objective - bound) / max(abs(objective), 1e-12)}
+        sums |= {"status": "refined by measuring", "shadow_prices": []}
         plan = _with_bits(chosen.plan, found.bits)
-        plan = plan.model_copy(update={"summary": {**chosen.plan.summary, **summary, **certificate}})
-        return replace(chosen, plan=plan, report={**chosen.report, **summary, **certificate, "refinement": measured}), found
+        plan = plan.model_copy(update={"summary": {**chosen.plan.summary, **sums}})
+        return replace(chosen, plan=plan, report={**chosen.report, **sums, "refinement": measured}), found
 
     def audited(self, chosen: Allocation, count: int, seed: int) -> Audit:
         """The chosen plan, so many random ones of its budgets and the uniform one: predicted against measured."""
