@@ -3,7 +3,6 @@
 A metric's costs are all that is known about the model here. Left out: measuring anything; a plan's cost is what the metric predicts.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vitq.allocation.budgets import ACCEPTED, Budget, average_limits, parse_budget, total
-from vitq.allocation.choices import ChoiceTree, Scope, Widths, choice_tree, parse_widths, settle
+from vitq.allocation.choices import ChoiceTree, Scope, Widths, choice_tree, in_words_and_numbers, parse_widths, settle
 from vitq.allocation.choices import paper_parity as papers_fixed
 from vitq.allocation.objectives import GAMMA, OBJECTIVES, Objective
 from vitq.allocation.pairwise import Products, solve_with_products
@@ -19,6 +18,7 @@ from vitq.allocation.presets import find_preset
 from vitq.allocation.shadow import shadow_prices
 from vitq.allocation.solver import Row, Solution, reduce, solve
 from vitq.allocation.summary import summarize
+from vitq.allocation.ties import widest_first
 from vitq.artifacts import WIDTHS, BitPlan, CostTable, LayerBits, Profile
 from vitq.errors import BudgetError, InputError, UsageError
 
@@ -72,13 +72,14 @@ class Search:
         return self.profile.costs[self.metric].unit
 
     def solve(self, budgets: Sequence[Budget], gap: float | None = None) -> Solution | None:
-        """The cheapest options within the budgets; None where there are none."""
+        """The cheapest options within the budgets, of several the first as `ties` has it; None where there are none."""
         rows = [Row(tuple(total(budget.amount, option) for option in self.tree.options), budget.limit) for budget in budgets]
         if any(reduce(self.tree, row.amounts)[1] > row.limit for row in rows):
             return None
         if self.products:
             return solve_with_products(self.tree, self.costs, self.products, rows, gap)
-        return solve(self.tree, self.costs, rows, gap)
+        found = solve(self.tree, self.costs, rows, gap)
+        return None if found is None else widest_first(self.tree, self.costs, rows, found)
 
     def widths(self, solution: Solution) -> tuple[Widths, ...]:
         """The widths of every layer in a solution."""
@@ -119,6 +120,7 @@ def allocate(
 
     Returns:
         The plan, its layers sorted by name (blocks.2 before blocks.10), and the report. `objective`, `bound` are in the unit of the table.
+        Of several plans that cost the least, the one that has more bits where they first differ (`allocation.ties`).
 
     Raises:
         UsageError: an option that is not understood, names nothing, or asks for a width without a cost.
@@ -275,8 +277,3 @@ def _plan(profile: Profile, scope: Scope, widths: Sequence[Widths], summary: dic
     )
     fixed = tuple(entry.name for entry in layers if entry.name in scope.fixed)
     return BitPlan(model=profile.model, layers=layers, fixed=fixed, summary=summary, made_from=profile.made_from | {"allocation": asked})
-
-
-def in_words_and_numbers(name: str) -> tuple[list[tuple[int, str]], str]:
-    """A key that sorts blocks.2 before blocks.10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)], name

@@ -9,6 +9,7 @@ one option is merged into what it hangs under, so tied widths make a plain multi
 Everything is ordered by layer name, never by the profile's order, so that equal problems reach the solver equal.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -133,6 +134,11 @@ def choice_tree(scope: Scope, bits: Iterable[int], bits_apart: bool) -> ChoiceTr
                 choices.append(Choice(tuple(range(len(options), len(options) + len(candidates))), parent))
                 options += [(Widths(layer, weight_bits, activation_bits),) for weight_bits in candidates]
     return ChoiceTree(tuple(options), tuple(choices))
+
+
+def in_words_and_numbers(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A key that sorts blocks.2 before blocks.10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)], name
 
 
 def _settled(scope: Scope, layer: Layer, activation_bits: int) -> Widths:

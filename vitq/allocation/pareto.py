@@ -13,9 +13,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from vitq.allocation.allocate import Search, Wishes, in_words_and_numbers, lay_out
+from vitq.allocation.allocate import Search, Wishes, lay_out
 from vitq.allocation.budgets import parse_budget
-from vitq.allocation.choices import Widths
+from vitq.allocation.choices import Widths, in_words_and_numbers
 from vitq.allocation.summary import summarize
 from vitq.artifacts import Profile
 from vitq.errors import UsageError

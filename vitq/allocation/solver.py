@@ -13,7 +13,7 @@ scaled so that the best plan known costs 10^6. The binaries are rounded and ever
 only within HiGHS's tolerance is excluded and the core searched again.
 
 Deterministic: variables in the order of the tree, which is by layer name, and a limit on the search tree in place of one on time. Left
-out: interrupting a solve.
+out: interrupting a solve; choosing among plans that cost the same (`ties`).
 """
 
 import math
@@ -83,7 +83,7 @@ def solve(tree: ChoiceTree, costs: Sequence[float], rows: Sequence[Row], gap: fl
     start = time.perf_counter()
     reduced, always = reduce(tree, costs)
     tight = [tighten(tree, row) for row in rows]
-    core = _Core(tree, np.array(reduced), [row for row, _ in tight if row is not None], always)
+    core = Core(tree, np.array(reduced), [row for row, _ in tight if row is not None], always)
     found = core.best(gap)
     if found is None:
         return None
@@ -111,7 +111,7 @@ def reduce(tree: ChoiceTree, values: Sequence[Number]) -> tuple[list[Number], Nu
     return reduced, always
 
 
-class _Core:
+class Core:
     """The search on growing sets of options; `costs` are reduced ones, `always` what is paid beside them."""
 
     def __init__(self, tree: ChoiceTree, costs: np.ndarray, rows: Sequence[Row], always: float):
@@ -130,7 +130,7 @@ class _Core:
         """(taken options, cost - proven bound, status); None where no options meet the rows."""
         scale = float(self.costs.max(initial=0.0)) or 1.0
         while True:
-            least = self._relax(scale)
+            least = self.relax(scale)
             if least is None:
                 return None
             bound, status = self._grow(least, gap)
@@ -143,10 +143,10 @@ class _Core:
         below = max(0.0, self.value - bound)
         return self.taken, below if below > RESOLUTION / SCALE * self.value else 0.0, status
 
-    def _relax(self, scale: float) -> float | None:
+    def relax(self, scale: float) -> float | None:
         """Prices of the budgets, the bound that they give, and each option's excess; None where the budgets exclude each other."""
         kept = np.flatnonzero(self.costs <= scale * (1 + ROUNDING))
-        relaxed = relax(self._program(kept, scale / RELAXED_SCALE))
+        relaxed = relax(self.program(kept, scale / RELAXED_SCALE))
         if relaxed is None:
             return None
         prices = relaxed.prices[len(self.tree.choices) :][: len(self.rows)] * scale / RELAXED_SCALE
@@ -189,7 +189,7 @@ class _Core:
             if self.taken is not None:
                 start = np.isin(kept, self.taken)
                 start = start if start.sum() == len(self.taken) else None
-            found = search(self._program(kept, scale / SCALE), start, gap, nodes)
+            found = search(self.program(kept, scale / SCALE), start, gap, nodes)
             if found.values is None:
                 return found.bound, found.exhausted
             taken = tuple(int(option) for option in kept[np.round(found.values[: len(kept)]) == 1])
@@ -200,7 +200,7 @@ class _Core:
                 return found.bound * scale / SCALE, found.exhausted
             self.excluded.append(taken)
 
-    def _program(self, kept: np.ndarray, unit: float) -> Program:
+    def program(self, kept: np.ndarray, unit: float) -> Program:
         """The kept options as a program: a row a choice, a row a budget, a row a plan that HiGHS may not return again."""
         position = {int(option): column for column, option in enumerate(kept)}
         entries = [
