@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitq.artifacts import (
-    FisherLabels,
-    LrpAggregate,
-    LrpRules,
-    LrpTarget,
-    MetricOptions,
-    Profile,
-    SensitivityLoss,
-    save,
-)  # fmt: skip
+from vitq.artifacts import FisherLabels, LrpAggregate, LrpRules, LrpTarget, MetricOptions, Profile, SensitivityLoss, save
 from vitq.cli import options
 from vitq.cli.chain import PROFILE, ImageSource, LoadingOptions, ModelSource, in_folder, output_path, run_folder
 from vitq.cli.layer_table import cost_table
