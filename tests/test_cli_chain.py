@@ -13,8 +13,12 @@ import pytest
 import torch
 from cli_session import CLASSES, NUM_IMAGES, Done, environment, make_chain, make_images, make_model, vitq
 
-from vitq.artifacts import load_plan, load_profile
-from vitq.images import open_images
+import vitq as vitq_package
+from vitq import checkpoint
+from vitq.artifacts import load_plan, load_profile, save
+from vitq.errors import UsageError
+from vitq.evaluate import onnx_metadata, onnx_runnable
+from vitq.images import open_images, read_image
 from vitq.models import load
 
 
@@ -267,6 +271,26 @@ def test_show_writes_its_document(session: Path):
     assert done.code == 0
     assert len(json.loads((session / "layers.json").read_text())["layers"]) == 2 * 6 + 2
     assert json.loads((session / "layers.json").read_text())["num_classes"] == CLASSES
+
+
+def test_the_python_functions_take_paths_as_text_too(session: Path):
+    model = vitq_package.load(str(session / "model"))
+    assert load_profile(str(session / "vitq-run" / "profile.json")).layers
+    plan = load_plan(str(session / "vitq-run" / "plan.json"))
+    save(plan, str(session / "again.json"))
+    assert load_plan(session / "again.json") == plan
+    images = open_images(str(session / "images"), model.data_config, 8, class_names=model.label_names)
+    calibrated = checkpoint.load(str(session / "vitq-run" / "model.safetensors"))
+    checkpoint.save(calibrated, str(session / "again.safetensors"))
+    assert checkpoint.is_checkpoint(str(session / "again.safetensors"))
+    file = str(session / "again.onnx")
+    vitq_package.export_onnx(calibrated, file, (batch for batch, _ in images))
+    assert onnx_metadata(file)["vitq.num_classes"] == CLASSES
+    batch = next(iter(images))[0]
+    assert onnx_runnable(file)(batch).shape == (8, CLASSES)
+    assert read_image(str(next((session / "images").rglob("*.png"))), model.data_config).shape == batch.shape[1:]
+    with pytest.raises(UsageError, match="again.onnx exists already"):
+        vitq_package.export_onnx(calibrated, file, [])
 
 
 @pytest.mark.slow

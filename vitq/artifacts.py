@@ -255,7 +255,7 @@ def dump(artifact: Value) -> str:
     return json.dumps(artifact.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
 
 
-def save(artifact: Value, path: Path, force: bool = False) -> None:
+def save(artifact: Value, path: str | Path, force: bool = False) -> None:
     """Writes the artifact as JSON; the file appears whole or not at all.
 
     Raises:
@@ -265,29 +265,35 @@ def save(artifact: Value, path: Path, force: bool = False) -> None:
     write_whole(path, lambda temporary: temporary.write_text(dump(artifact), encoding="utf-8"))
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(path: str | Path) -> Profile:
     """Reads and validates a profile; raises InputError for a missing, damaged or foreign file."""
-    return _load(path, Profile, "vitq profile MODEL --images PATH")
+    return _load(Path(path), Profile, "vitq profile MODEL --images PATH")
 
 
-def load_plan(path: Path) -> BitPlan:
+def load_plan(path: str | Path) -> BitPlan:
     """Reads and validates a plan; raises InputError for a missing, damaged or foreign file."""
-    return _load(path, BitPlan, "vitq allocate --budget 4.0")
+    return _load(Path(path), BitPlan, "vitq allocate --budget 4.0")
 
 
-def refuse_existing(path: Path, force: bool) -> None:
+def refuse_existing(path: str | Path, force: bool) -> None:
     """Raises UsageError where `path` exists and `force` is not set."""
-    if path.exists() and not force:
+    if Path(path).exists() and not force:
         raise UsageError(f"{path} exists already; give --force to replace it or -o to write elsewhere")
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def refuse_missing(path: str | Path, made_by: str) -> None:
+    """Raises InputError where there is no file `path`, which the command `made_by` writes."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; `{made_by}` writes it")
+
+
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Has `write` fill a temporary file beside `path`, then renames it, so that no half-written file is ever seen.
 
     Raises:
         InputError: the folder cannot be written to, or the disk is full.
     """
-    temporary = None
+    path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", dir=path.parent)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vitq.affine import QParams, QuantizedWeight, highest_code, weight_codes
-from vitq.artifacts import WIDTHS, BitPlan, Layer, ModelSpec, refuse_existing, write_whole
+from vitq.artifacts import WIDTHS, BitPlan, Layer, ModelSpec, refuse_existing, refuse_missing, write_whole
 from vitq.errors import InputError
 from vitq.fakequant import fake_quantize
 from vitq.graph import Graph, assign, capture, copy
@@ -48,7 +48,7 @@ class Checkpoint:
         return fake_quantize(self.graph, self.activations)
 
 
-def save(checkpoint: Checkpoint, path: Path, force: bool = False) -> None:
+def save(checkpoint: Checkpoint, path: str | Path, force: bool = False) -> None:
     """Writes the checkpoint; the file appears whole or not at all. Raises UsageError where it exists and `force` is not set."""
     refuse_existing(path, force)
     quantized = {layer.operands[1].tensor for layer in checkpoint.graph.layers if layer.name in checkpoint.weights}
@@ -67,12 +67,13 @@ def save(checkpoint: Checkpoint, path: Path, force: bool = False) -> None:
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def load(path: Path, device: str = "cpu") -> Checkpoint:
+def load(path: str | Path, device: str = "cpu") -> Checkpoint:
     """Reads a checkpoint that `save` wrote.
 
     Raises:
         InputError: the file is missing, damaged, of another kind, or made for another graph (another torch or timm).
     """
+    path = Path(path)
     tensors, plan, activations, made_from = _read(path)
     spec = plan.model
     graph = rewrite(capture(build(spec.architecture, spec.arguments, spec.num_classes), _input_size(path, spec), device))
@@ -102,10 +103,10 @@ def load(path: Path, device: str = "cpu") -> Checkpoint:
     return Checkpoint(graph, plan, weights, activations, made_from)
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: str | Path) -> bool:
     """Whether a file is a calibrated model of this tool, by its header alone."""
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < _LARGEST_HEADER else {}
     except (OSError, ValueError, struct.error):
@@ -124,8 +125,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, QParams], dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; `vitq calibrate` writes it")
+    refuse_missing(path, "vitq calibrate")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

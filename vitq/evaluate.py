@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from vitq.artifacts import refuse_missing
 from vitq.errors import InputError
 
 Runnable = Callable[[Tensor], Tensor]
@@ -78,7 +79,7 @@ def evaluate(
     return Evaluation(count, **{name: total.estimate() for name, total in sums.items()})
 
 
-def onnx_runnable(path: Path, threads: int | None = None) -> Runnable:
+def onnx_runnable(path: str | Path, threads: int | None = None) -> Runnable:
     """An ONNX file as a function of images, run by onnxruntime on the CPU with default options.
 
     Raises:
@@ -93,15 +94,14 @@ def onnx_runnable(path: Path, threads: int | None = None) -> Runnable:
     return run
 
 
-def onnx_metadata(path: Path) -> dict[str, Any]:
+def onnx_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata that `export` wrote into an ONNX file, its values parsed from JSON where they are JSON."""
     found = _session(path, 1).get_modelmeta().custom_metadata_map
     return {name: _parsed(value) for name, value in found.items()}
 
 
-def _session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; `vitq export` writes it")
+def _session(path: str | Path, threads: int | None) -> onnxruntime.InferenceSession:
+    refuse_missing(path, "vitq export")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would steal torch's cores

@@ -136,8 +136,8 @@ def open_images(
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
     else:
-        problem = "is no source of images" if path.exists() else "does not exist"
-        raise InputError(f"{source} {problem}; give a folder of images, a .tar of one, or an images.safetensors")
+        refuse_missing(source)
+        raise InputError(f"{source} is no source of images; {_ACCEPTED}")
     if not entries:
         raise InputError(f"{source} holds no images ({', '.join(get_img_extensions())}); give a folder or .tar that does")
 
@@ -153,12 +153,22 @@ def open_images(
     return Images(str(source), data_config, len(picked), digest, labels is not None, class_names, loader)
 
 
-def read_image(path: Path, data_config: dict[str, Any]) -> Tensor:
+def refuse_missing(source: str | Path) -> None:
+    """Raises InputError where the source does not exist; reads nothing."""
+    if not Path(source).exists():
+        raise InputError(f"{source} does not exist; {_ACCEPTED}")
+
+
+_ACCEPTED = "give a folder of images, a .tar of one, or an images.safetensors"
+
+
+def read_image(path: str | Path, data_config: dict[str, Any]) -> Tensor:
     """One picture, preprocessed for the model: float32 (C, H, W).
 
     Raises:
         InputError: the file is missing or no picture, or the preprocessing cannot be built.
     """
+    path = Path(path)
     entry = _Entry(path.name, "", path, 0, None).located()
     image, _, fault = _Items([entry], [0], _read_file, _mode(data_config), _transform(data_config), _scale(data_config))[0]
     if image is None:
@@ -166,7 +176,7 @@ def read_image(path: Path, data_config: dict[str, Any]) -> Tensor:
     return image
 
 
-def write_png(pixels: np.ndarray, path: Path, force: bool = False) -> None:
+def write_png(pixels: np.ndarray, path: str | Path, force: bool = False) -> None:
     """Writes a picture, uint8 (H, W, 3); the file appears whole or not at all.
 
     Raises:

@@ -50,7 +50,7 @@ class LoadedModel:
 
 
 def load(
-    model: str,
+    model: str | Path,
     arch: str | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
@@ -70,12 +70,21 @@ def load(
     """
     if (img_size is not None and img_size < 1) or (num_classes is not None and num_classes < 0):
         raise InputError(f"image size {img_size} and {num_classes} classes cannot be used; give at least 1 pixel, and 0 or more classes")
-    path, extra = Path(model), dict(model_kwargs or {})
+    model, path, extra = str(model), Path(model), dict(model_kwargs or {})
     if path.is_dir() or path.is_file():
         return _load_local(path, model, arch, num_classes, img_size, extra)
+    refuse_unknown(model, arch)
+    return _load_pretrained(model, num_classes, img_size, extra)
+
+
+def refuse_unknown(model: str, arch: str | None = None) -> None:
+    """Raises InputError where there is no folder, file or timm model of that name; loads nothing."""
+    path = Path(model)
+    if path.is_dir() or path.is_file():
+        return
     if arch is not None or path.suffix in SUFFIXES or "/" in model or "\\" in model:
         raise InputError(f"{model} does not exist; give a timm local folder, a .safetensors, .pth, .pt or .bin file, or a timm model name")
-    return _load_pretrained(model, num_classes, img_size, extra)
+    _default_config(model)
 
 
 def build(architecture: str, arguments: Mapping[str, Any], num_classes: int) -> nn.Module:

@@ -48,7 +48,9 @@ class ExportReport:
     not_fused: tuple[str, ...] = ()
 
 
-def export(checkpoint: Checkpoint, path: Path, batches: Iterable[Tensor], storage: Storage = "packed", force: bool = False) -> ExportReport:
+def export(
+    checkpoint: Checkpoint, path: str | Path, batches: Iterable[Tensor], storage: Storage = "packed", force: bool = False
+) -> ExportReport:
     """Writes and verifies an ONNX file (opset 21, dynamic batch, input `images` (B, 3, H, W) float32, output `output`).
 
     Args:

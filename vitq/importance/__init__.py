@@ -49,7 +49,7 @@ def profile(
     seed: int = 0,
     device: str = "cpu",
     options: MetricOptions | None = None,
-    journal: Path | None = None,
+    journal: str | Path | None = None,
 ) -> Profile:
     """Prices every layer of a model at every width.
 
@@ -74,7 +74,8 @@ def profile(
         raise UsageError(f"bits {','.join(map(str, bits)) or 'none'} cannot be priced; give widths from 2 to 8, such as 2,3,4,8")
     graph, spec = prepare(model, device)
     folded, histograms = fold(graph, images)
-    subject = Subject(folded, histograms, images, tuple(widths), spec.num_classes, seed, options or MetricOptions(), journal)
+    kept_in = None if journal is None else Path(journal)
+    subject = Subject(folded, histograms, images, tuple(widths), spec.num_classes, seed, options or MetricOptions(), kept_in)
     costs = {name: METRICS[name](subject) for name in metrics}
     return Profile(
         model=spec,

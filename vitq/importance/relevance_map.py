@@ -44,7 +44,7 @@ def explain(
     model: LoadedModel,
     image: Tensor | str | Path,
     options: MetricOptions | None = None,
-    path: Path | None = None,
+    path: str | Path | None = None,
     label: int | None = None,
     device: str = "cpu",
     force: bool = False,
