@@ -40,7 +40,9 @@ def test_four_bare_commands_make_a_run_folder(chain: tuple[Path, list[Done]]):
     assert {path.name for path in (folder / "vitq-run").iterdir()} == {"profile.json", "plan.json", "model.safetensors", "model.onnx"}
     followups = ["vitq allocate --budget 4.0", "vitq calibrate", "vitq export", "vitq evaluate vitq-run/model.onnx --images PATH"]
     assert [done.err.strip().splitlines()[-1] for done in said] == [f"next: {command}" for command in followups]
-    assert "preprocessing: RGB" in said[0].err
+    assert ["preprocessing: RGB" in done.err for done in said] == [True, False, False, False]
+    begun = ["profile: 24 images ...", None, "calibrate: 24 images ...", "verify: 24 images ..."]  # there is no terminal here
+    assert all(line is None or line in done.err.splitlines() for done, line in zip(said, begun, strict=True))
     assert "/" not in load_profile(folder / "vitq-run" / "profile.json").made_from["model"]["source"]
     plan = load_plan(folder / "vitq-run" / "plan.json")
     assert plan.made_from["images"] | {"digest": ""} == {"source": "images", "num_images": 24, "seed": 0, "digest": ""}
@@ -71,6 +73,19 @@ def test_evaluate_equals_a_computation_by_hand(session: Path):
     assert found["top5"] == 100  # of five classes
     assert {"top1_margin", "top1_change", "top1_change_margin", "agreement_margin"} <= set(found)
     assert json.loads((session / "vitq-run" / "evaluate.json").read_text()) == {"model.onnx": found}
+
+
+def test_preprocessing_is_said_again_where_asked_or_unknown(session: Path):
+    command = ("evaluate", "vitq-run/model.onnx", "--images", "images", "--num-images", 4)
+    once, asked, quiet = (vitq(*command, *more, folder=session) for more in ((), ("--verbose",), ("--quiet",)))
+    assert "preprocessing" not in once.err and "preprocessing: RGB" in asked.err and quiet.err == ""
+    assert "evaluate: 4 images ..." in once.err.splitlines()
+    shutil.copy(session / "vitq-run" / "model.onnx", session / "alone.onnx")
+    assert "preprocessing: RGB" in vitq("evaluate", "alone.onnx", *command[2:], folder=session).err
+    config = json.loads((session / "model" / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.25] * 3
+    (session / "model" / "config.json").write_text(json.dumps(config))
+    assert "minus mean (0.25, 0.25, 0.25)" in vitq("calibrate", "--num-images", 8, "--force", folder=session).err
 
 
 def test_evaluations_gather_in_the_run_folder(session: Path):

@@ -136,6 +136,27 @@ def test_an_output_that_exists(session: Path, command: tuple[str, ...], monkeypa
     assert "exists already; give --force to replace" in message
 
 
+@pytest.mark.parametrize(
+    ("command", "gone"),
+    [
+        (("profile", "gone", "--images", "images"), "'gone' is no file"),
+        (("profile", "model", "--images", "gone"), "gone does not exist; give a folder of images"),
+        (("allocate", "gone.json", "--budget", "4", "-o", "vitq-run/plan.json"), "gone.json does not exist"),
+        (("calibrate", "gone.json", "-o", "vitq-run/plan.json"), "gone.json does not exist; `vitq allocate --budget 4.0` writes it"),
+        (("calibrate", "--images", "gone"), "gone does not exist; give a folder of images"),
+        (("calibrate", "--model", "gone/model"), "gone/model does not exist; give a timm local folder"),
+        (("export", "gone.safetensors", "-o", "vitq-run/model.onnx"), "gone.safetensors does not exist; `vitq calibrate` writes it"),
+        (("export", "--images", "gone"), "gone does not exist; give a folder of images"),
+        (("evaluate", "gone.onnx", "--images", "images", "-o", "vitq-run/plan.json"), "gone.onnx does not exist; `vitq export` writes it"),
+        (("evaluate", "model", "--images", "gone", "-o", "vitq-run/plan.json"), "gone does not exist; give a folder of images"),
+        (("show", "gone.json", "-o", "vitq-run/plan.json"), "gone.json does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_missing_input_is_said_before_an_output_that_exists(session: Path, command: tuple[str, ...], gone: str):
+    assert gone in refused(session, 3, *command)
+
+
 def test_an_output_that_is_a_folder(session: Path):
     assert "is a folder; give -o a file" in refused(session, 2, "allocate", "--budget", "4", "--force", "-o", "model")
 

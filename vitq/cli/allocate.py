@@ -102,7 +102,7 @@ def allocate(
     if refine or audit:
         reading = Reading(images, num_images, seed, batch_size, workers)
         memory = Memory(found.made_from, profile or folder / PROFILE)
-        judge, errors = _judge(lay_out(found, wishes, budget or ()), budget or (), memory, model, reading, device)
+        judge, errors = _judge(lay_out(found, wishes, budget or ()), budget or (), memory, model, reading, device, terminal)
         if refine:
             chosen, steps = judge.refined(chosen, errors())
             measured += refinement_lines(steps)
@@ -119,7 +119,7 @@ def allocate(
 
 
 def _judge(
-    search: "Search", budgets: Sequence[str], memory: Memory, model: str | None, reading: Reading, device: str
+    search: "Search", budgets: Sequence[str], memory: Memory, model: str | None, reading: Reading, device: str, terminal: Terminal
 ) -> "tuple[Judge, Callable[[], Errors]]":
     """What plans are measured with: quantizers fitted to the profile's images, losses on others of the same source where it has others."""
     options.usable_device(device)
@@ -128,6 +128,7 @@ def _judge(
     loaded = memory.model(model, "--model")
     fitting, source = memory.images(reading, loaded.data_config, loaded.label_names)
     held_out, _ = memory.images(replace(reading, seed=source.seed + 1), loaded.data_config, loaded.label_names)
+    terminal.note(f"measuring plans on {held_out.num_listed} images ...")
     trials = Trials.of(loaded, fitting, held_out, device)
     judge = Judge(search, budgets, trials.loss)
     return judge, lambda: layer_errors(trials.graph, trials.histograms, fitting, search.candidates)

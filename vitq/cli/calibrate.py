@@ -9,7 +9,17 @@ import typer
 
 from vitq.artifacts import load_plan
 from vitq.cli import options
-from vitq.cli.chain import CHECKPOINT, PLAN, Reading, in_folder, output_path, plan_memory, refuse_stale_plan, run_folder
+from vitq.cli.chain import (
+    CHECKPOINT,
+    PLAN,
+    Reading,
+    in_folder,
+    output_path,
+    plan_memory,
+    refuse_missing_sources,
+    refuse_stale_plan,
+    run_folder,
+)
 from vitq.cli.terminal import Terminal, in_units
 
 
@@ -33,22 +43,22 @@ def calibrate(
     """Fit the quantizers of a plan to its model."""
     terminal = Terminal(quiet, verbose, as_json)
     folder = run_folder(run_dir, plan)
-    path = output_path(output, folder, CHECKPOINT, force)
     source = plan or folder / PLAN
     chosen = load_plan(source)
     if plan is None:
         refuse_stale_plan(chosen, source)
+    refuse_missing_sources(model, images)
+    path = output_path(output, folder, CHECKPOINT, force)
     memory = plan_memory(chosen, source)
     options.usable_device(device)
     from vitq.calibration import calibrate as fit
     from vitq.checkpoint import save
-    from vitq.images import describe
 
     started = time.perf_counter()
     reading = Reading(images, num_images, seed, batch_size, workers)
     loaded = memory.model(model, "--model")
     opened, remembered = memory.images(reading, loaded.data_config, loaded.label_names)
-    terminal.note(f"preprocessing: {describe(loaded.data_config)}")
+    terminal.preprocessing(loaded.data_config, chosen.model.data_config)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     with terminal.watching(opened, "calibrate"):
         checkpoint = fit(loaded, chosen, opened, recipe, device)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from vitq.artifacts import BitPlan, Profile, Value, load_plan, load_profile, refuse_existing
+from vitq.artifacts import BitPlan, Profile, Value, load_plan, load_profile, refuse_existing, refuse_missing
 from vitq.cli.options import DEFAULT_NUM_IMAGES
 from vitq.errors import InputError, UsageError
 
@@ -164,6 +164,26 @@ Record = TypeVar("Record", ModelSource, ImageSource)
 def run_folder(run_dir: Path | None, artifact: Path | None = None) -> Path:
     """The run folder: as given, else the artifact's, else `vitq-run`."""
     return run_dir or (artifact.parent if artifact else DEFAULT_FOLDER)
+
+
+def refuse_missing_sources(model: str | None, images: str | None, arch: str | None = None) -> None:
+    """Raises InputError, before an output is refused or anything is loaded, for a model or images that are not there; None is fine."""
+    if model is not None and not Path(model).exists():
+        from vitq.models import refuse_unknown
+
+        refuse_unknown(model, arch)
+    if images is not None and not Path(images).exists():
+        from vitq.images import refuse_missing as refuse_missing_images
+
+        refuse_missing_images(images)
+
+
+def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
+    """Raises InputError, before an output is refused or anything is loaded, where there is no such file or MODEL."""
+    if (suffix := Path(artifact).suffix) in (".onnx", ".json"):
+        refuse_missing(artifact, "vitq export" if suffix == ".onnx" else "vitq profile MODEL --images PATH")
+    else:
+        refuse_missing_sources(artifact, None, arch)
 
 
 def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Path:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import write_whole
+from vitq.artifacts import load_profile, write_whole
 from vitq.cli import options
-from vitq.cli.chain import EVALUATION, PROFILE, LoadingOptions, Memory, output_path
+from vitq.cli.chain import EVALUATION, PROFILE, LoadingOptions, Memory, output_path, refuse_missing_artifact, refuse_missing_sources
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
 
@@ -49,12 +49,14 @@ def evaluate(
 ) -> None:
     """Measure accuracy, and agreement with the float model."""
     terminal = Terminal(quiet, verbose, as_json)
+    refuse_missing_artifact(artifact, arch)
+    refuse_missing_sources(reference, images)
     if output is not None:
         output_path(output, Path(), "", force)
     loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
     options.usable_device(device)
     from vitq.evaluate import evaluate as measure
-    from vitq.images import describe, open_images
+    from vitq.images import open_images
 
     subject = _open(artifact, loading, device)
     float_model = _reference(subject, reference, loading, run_dir)
@@ -63,7 +65,7 @@ def evaluate(
     gates = {name: limit for name, limit in gates.items() if limit is not None}
     counted = _labels_fit(opened, subject.num_classes)
     _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
-    terminal.note(f"preprocessing: {describe(subject.data_config)}")
+    terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
     if not counted and subject.num_classes:
         terminal.note(f"{images} has no labels for {subject.num_classes} classes, so there is no top-1 accuracy")
     runnable = None if float_model is None else on_device(float_model.module, device)
@@ -160,6 +162,12 @@ def _reference(subject: Subject, given: str | None, loading: LoadingOptions, run
     if folder is None or subject.folder is None or not (folder / PROFILE).is_file() or "model" not in subject.made_from:
         return None
     return memory.model(None, "--reference")
+
+
+def _profiled(folder: Path | None) -> dict[str, Any] | None:
+    """The preprocessing that the profile of a run folder has; None where there is no profile."""
+    path = folder / PROFILE if folder else None
+    return load_profile(path).model.data_config if path and path.is_file() else None
 
 
 def _labels_fit(images: "Images", num_classes: int) -> bool:

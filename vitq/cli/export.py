@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from vitq.artifacts import refuse_missing
 from vitq.cli import options
-from vitq.cli.chain import CHECKPOINT, ONNX, Memory, Reading, in_folder, output_path, refuse_stale_checkpoint, run_folder
+from vitq.cli.chain import (
+    CHECKPOINT,
+    ONNX,
+    Memory,
+    Reading,
+    in_folder,
+    output_path,
+    refuse_missing_sources,
+    refuse_stale_checkpoint,
+    run_folder,
+)
 from vitq.cli.terminal import Terminal, in_units
 
 if TYPE_CHECKING:
@@ -35,20 +46,21 @@ def export(
     """Write an ONNX file that onnxruntime runs with integer kernels, and verify it."""
     terminal = Terminal(quiet, verbose, as_json)
     folder = run_folder(run_dir, checkpoint)
+    source = checkpoint or folder / CHECKPOINT
+    refuse_missing(source, "vitq calibrate")
+    refuse_missing_sources(None, images)
     path = output_path(output, folder, ONNX, force)
     options.usable_device(device)
     from vitq.checkpoint import load
     from vitq.export import export as write
-    from vitq.images import describe
 
-    source = checkpoint or folder / CHECKPOINT
     calibrated = load(source, device)
     if checkpoint is None:
         refuse_stale_checkpoint(calibrated, source)
     spec = calibrated.plan.model
     memory = Memory(calibrated.made_from | calibrated.made_from.get("calibration", {}), source)
     opened, _ = memory.images(Reading(images, num_images, seed, batch_size, workers), spec.data_config, spec.label_names)
-    terminal.note(f"preprocessing: {describe(spec.data_config)}")
+    terminal.preprocessing(spec.data_config, spec.data_config)
     terminal.detail(f"images {opened.source}, sha256 of the list {opened.digest}")
     with terminal.watching(opened, "verify"):
         report = write(calibrated, path, (batch for batch, _ in opened), cast("Storage", storage), force)

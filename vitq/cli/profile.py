@@ -8,7 +8,7 @@ import typer
 
 from vitq.artifacts import FisherLabels, LrpAggregate, LrpRules, LrpTarget, MetricOptions, Profile, SensitivityLoss, save
 from vitq.cli import options
-from vitq.cli.chain import PROFILE, ImageSource, LoadingOptions, ModelSource, in_folder, output_path, run_folder
+from vitq.cli.chain import PROFILE, ImageSource, LoadingOptions, ModelSource, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import cost_table
 from vitq.cli.terminal import Terminal, in_units
 from vitq.errors import UsageError
@@ -69,6 +69,7 @@ def profile(
 ) -> None:
     """Measure what each layer's bits are worth."""
     terminal = Terminal(quiet, verbose, as_json)
+    refuse_missing_sources(model, images, arch)
     path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force)
     widths = options.parse_bits(bits) or []
     chosen = MetricOptions(
@@ -90,14 +91,14 @@ def profile(
     journal = path.with_name(f".{path.stem}.journal.jsonl")
     if not resume:
         journal.unlink(missing_ok=True)
-    from vitq.images import describe, open_images
+    from vitq.images import open_images
     from vitq.importance import profile as price
     from vitq.models import load
 
     started = time.perf_counter()
     loaded = load(model, **loading.model_dump())
     opened = open_images(images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
-    terminal.note(f"preprocessing: {describe(loaded.data_config)}")
+    terminal.preprocessing(loaded.data_config)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     with terminal.watching(opened, "profile"):
         found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device, chosen, journal)

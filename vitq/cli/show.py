@@ -10,7 +10,7 @@ import typer
 
 from vitq.artifacts import BitPlan, ModelSpec, Profile, load_plan, load_profile, write_whole
 from vitq.cli import options
-from vitq.cli.chain import PROFILE, LoadingOptions, output_path
+from vitq.cli.chain import PROFILE, LoadingOptions, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
 from vitq.cli.terminal import Terminal, in_units, json_text
 from vitq.errors import InputError
@@ -33,6 +33,7 @@ def show(
 ) -> None:
     """Show a model's layers, or what a file holds."""
     terminal = Terminal(quiet, verbose, as_json)
+    refuse_missing_artifact(artifact, arch)
     if output is not None:
         output_path(output, Path(), "", force)
     loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))

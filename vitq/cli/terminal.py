@@ -35,6 +35,12 @@ class Terminal:
         if self.verbose:
             self.note(text)
 
+    def preprocessing(self, data_config: dict[str, Any], known: dict[str, Any] | None = None) -> None:
+        """How images are prepared; where that is as `known`, said before, a detail."""
+        from vitq.images import describe
+
+        (self.detail if data_config == known else self.note)(f"preprocessing: {describe(data_config)}")
+
     def result(self, document: dict[str, Any], *parts: "str | Table") -> None:
         """What the command found: the document with --json, else the parts, lines or tables."""
         if self.as_json:
@@ -55,11 +61,13 @@ class Terminal:
 
     @contextmanager
     def watching(self, images: "Images", what: str) -> "Iterator[Images]":
-        """Shows every pass over the images while inside, and in the end names those that could not be read."""
+        """Shows every pass over the images while inside, and in the end names those that could not be read; off a terminal one line."""
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
         console = Console(stderr=True)
+        if not console.is_terminal:
+            self.note(f"{what}: {images.num_listed} images ...")
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
         try:
             with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
