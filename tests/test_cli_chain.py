@@ -267,6 +267,41 @@ def test_show(session: Path, artifact: str):
         assert f"{layer['weight_bits']}/{layer['activation_bits']}" in done.out
 
 
+def test_show_a_staircase(session: Path):
+    assert vitq("allocate", "--pareto", "stairs.json", "--bits", "3,4", folder=session).code == 0
+    done = vitq("show", "stairs.json", folder=session)
+    assert done.code == 0, done.err
+    written = json.loads((session / "stairs.json").read_text())
+    rows = [line.split() for line in done.out.splitlines()[2:]]
+    assert [row[0] for row in rows if row[0] != "uniform"] == [f"{plan['budget']:g}" for plan in written["plans"]]
+    assert rows[-1][:4] == ["uniform", "4", "4.00", "4.00"] and f"{written['uniform'][-1]['objective']:.4g}" in rows[-1]
+    shown = vitq("show", "stairs.json", "--json", folder=session).document
+    assert shown["plans"] == written["plans"] and shown["kind"] == "staircase"
+    (session / "stairs.json").write_text(json.dumps(written | {"plans": [{}]}))
+    refused = vitq("show", "stairs.json", folder=session)
+    assert refused.code == 3 and "plans.0.budget" in refused.err and "`vitq allocate --pareto FILE`" in refused.err
+
+
+def test_show_a_run_folder_says_what_is_stale(session: Path):
+    def stale() -> dict[str, str | None]:
+        return {row["file"]: row["stale"] for row in vitq("show", "vitq-run", "--json", folder=session).document["files"]}
+
+    assert stale() == dict.fromkeys(("profile.json", "plan.json", "model.safetensors", "model.onnx"))
+    assert vitq("allocate", "--budget", "5", "--force", folder=session).code == 0
+    found = stale()
+    assert found["model.safetensors"] == "calibrated to another plan.json than the one beside it; run `vitq calibrate --force` again"
+    assert found["plan.json"] is None and found["model.onnx"] is None, "the file is still that of the model beside it"
+    assert "model.safetensors was calibrated to another plan.json" in " ".join(vitq("show", "vitq-run", folder=session).out.split())
+    assert vitq("calibrate", "--force", "--num-images", 8, folder=session).code == 0
+    assert stale() == dict.fromkeys(found) | {
+        "model.onnx": "exported from another model.safetensors than the one beside it; run `vitq export --force` again"
+    }
+    assert vitq("profile", "model", "--images", "images", "--num-images", 8, "--bits", "4,8", "--force", folder=session).code == 0
+    found = stale()
+    assert found["plan.json"] == "made from another profile.json than the one beside it; run `vitq allocate --force` again"
+    assert "another profile.json" in str(found["model.safetensors"])
+
+
 def test_show_computes_the_sums_of_an_edited_plan(session: Path):
     path = session / "vitq-run" / "plan.json"
     plan = json.loads(path.read_text())

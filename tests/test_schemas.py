@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vitq.artifacts import BitPlan, Profile
+from vitq.artifacts import BitPlan, Profile, Staircase
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
-SCHEMAS = {"profile": Profile, "plan": BitPlan}
+SCHEMAS = {"profile": Profile, "plan": BitPlan, "pareto": Staircase}
 
 
 def schema(name: str) -> str:

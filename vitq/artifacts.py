@@ -247,6 +247,36 @@ class BitPlan(Value):
         return {entry.name: entry for entry in self.layers}
 
 
+class Step(Value):
+    """One plan of a staircase: its `budget` in average bits, what it comes to, and its (weight, activation) bits by layer.
+
+    `bound` and `gap` are its proof; None for equal bits everywhere, which nobody searched for.
+    """
+
+    budget: float
+    average_weight_bits: float | None
+    average_activation_bits: float | None
+    size_bytes: int
+    bops: int
+    objective: float
+    bound: float | None = None
+    gap: float | None = None
+    layers: dict[str, tuple[Bits | None, Bits]]
+
+
+class Staircase(Value):
+    """The best plans at many budgets, as `vitq allocate --pareto` writes them, beside equal bits everywhere."""
+
+    format: Literal["vitq-pareto/1"] = "vitq-pareto/1"
+    metric: str
+    objective: str
+    unit: str
+    bits_apart: bool
+    paper_parity: bool = False
+    plans: tuple[Step, ...]
+    uniform: tuple[Step, ...]
+
+
 T = TypeVar("T", bound=Value)
 
 
@@ -273,6 +303,11 @@ def load_profile(path: str | Path) -> Profile:
 def load_plan(path: str | Path) -> BitPlan:
     """Reads and validates a plan; raises InputError for a missing, damaged or foreign file."""
     return _load(Path(path), BitPlan, "vitq allocate --budget 4.0")
+
+
+def load_staircase(path: str | Path) -> Staircase:
+    """Reads and validates a staircase; raises InputError for a missing, damaged or foreign file."""
+    return _load(Path(path), Staircase, "vitq allocate --pareto FILE")
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:

@@ -103,6 +103,12 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
     return Checkpoint(graph, plan, weights, activations, made_from)
 
 
+def read_plan(path: str | Path) -> tuple[BitPlan, dict[str, Any]]:
+    """The plan of a checkpoint and what it was made from, without building the model; errors as those of `load`."""
+    _, plan, _, made_from = _read(Path(path))
+    return plan, made_from
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a file is a calibrated model of this tool, by its header alone."""
     try:

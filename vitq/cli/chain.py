@@ -220,19 +220,26 @@ def plan_memory(plan: BitPlan, path: Path) -> Memory:
     return Memory(made_from, path)
 
 
+def from_another_profile(made_from: Mapping[str, Any], profile: Profile) -> bool:
+    """Whether a plan, or a model calibrated to it, remembers another profile."""
+    return "profile" in made_from and made_from["profile"] != digest_of(profile)
+
+
+def of_another_plan(calibrated: BitPlan, made_from: Mapping[str, Any], plan: BitPlan) -> bool:
+    """Whether a calibrated model, by its plan and what it was made from, has other bits than a plan or is another model."""
+    same_model = plan.made_from.get("model") in (None, made_from.get("model"))
+    return plan.layers != calibrated.layers or not same_model
+
+
 def refuse_stale_plan(plan: BitPlan, path: Path) -> None:
     """Raises InputError where the profile in the run folder is not the one that its plan was made from."""
     profile = path.parent / PROFILE
-    if "profile" in plan.made_from and profile.is_file() and plan.made_from["profile"] != digest_of(load_profile(profile)):
+    if profile.is_file() and from_another_profile(plan.made_from, load_profile(profile)):
         raise InputError(f"{path} was made from another profile than {profile}; run `vitq allocate --force` again, or give the PLAN to use")
 
 
 def refuse_stale_checkpoint(checkpoint: "Checkpoint", path: Path) -> None:
     """Raises InputError where the plan in the run folder is not the one that its calibrated model has."""
     beside = path.parent / PLAN
-    if not beside.is_file():
-        return
-    plan = load_plan(beside)
-    same_model = plan.made_from.get("model") in (None, checkpoint.made_from.get("model"))
-    if plan.layers != checkpoint.plan.layers or not same_model:
+    if beside.is_file() and of_another_plan(checkpoint.plan, checkpoint.made_from, load_plan(beside)):
         raise InputError(f"{path} was calibrated to another plan than {beside}; run `vitq calibrate --force` again, or give the CHECKPOINT")

@@ -4,20 +4,25 @@ import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import BitPlan, ModelSpec, Profile, load_plan, load_profile, write_whole
+from vitq.artifacts import BitPlan, ModelSpec, Profile, Staircase, load_plan, load_profile, load_staircase, write_whole
 from vitq.cli import options
 from vitq.cli.chain import PROFILE, LoadingOptions, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
+from vitq.cli.run_folder import folder_table, is_run_folder, read_folder
+from vitq.cli.staircase_table import staircase_table
 from vitq.cli.terminal import Terminal, in_units, json_text
 from vitq.errors import InputError
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def show(
-    artifact: Annotated[str, typer.Argument(help="A MODEL, profile.json, plan.json, a calibrated .safetensors, or a .onnx.")],
+    artifact: Annotated[str, typer.Argument(help="A MODEL, a file that vitq wrote (.json, .safetensors, .onnx), or a run folder.")],
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
     img_size: options.ImgSize = None,
@@ -38,9 +43,12 @@ def show(
         output_path(output, Path(), "", force)
     loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
     found = _read(artifact, loading)
-    document = found.head | {"layers": found.rows}
+    document = found.head | ({"layers": found.rows} if found.tables is None else {})
     if output is not None:
         write_whole(output, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
+    if found.tables is not None:
+        terminal.result(document, *found.tables)
+        return
     tables = [layer_table(found.rows)]
     tables += [cost_table(found.profile, metric) for metric in found.profile.costs] if found.profile else []
     terminal.result(document, *_lines(found), *tables)
@@ -48,17 +56,25 @@ def show(
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown: facts about the whole, a row a layer, and the profile whose costs are shown too."""
+    """What is shown: facts about the whole, a row a layer, and the profile whose costs are shown too.
+
+    What has no layers of its own, a staircase or a run folder, has `tables` and lines in their place.
+    """
 
     head: dict[str, Any]
     rows: list[Row]
     profile: Profile | None = None
+    tables: "list[Table | str] | None" = None
 
 
 def _read(artifact: str, loading: LoadingOptions) -> Shown:
     path = Path(artifact)
     if path.suffix == ".json":
         return _read_json(path)
+    if is_run_folder(path):
+        rows = read_folder(path)
+        stale = [f"{row['file']} was {row['stale']}" for row in rows if row["stale"]]
+        return Shown({"kind": "run folder", "files": rows}, [], tables=[folder_table(rows), *map(_filled, stale)])
     from vitq import checkpoint
 
     if path.suffix == ".onnx":
@@ -85,6 +101,10 @@ def _read_json(path: Path) -> Shown:
         if profile is None:
             return Shown(head, [entry.model_dump(mode="json") for entry in plan.layers])
         return Shown(head | {"summary": _sums(plan, profile)}, layer_rows(profile.layers, plan.bits))
+    if isinstance(kind, dict) and kind.get("format") == Staircase.model_fields["format"].default:
+        staircase = load_staircase(path)
+        what = f"staircase: metric {staircase.metric}, objective {staircase.objective}, {len(staircase.plans)} plans"
+        return Shown({"kind": "staircase"} | staircase.model_dump(mode="json"), [], tables=[what, staircase_table(staircase)])
     profile = load_profile(path)
     head = _head("profile", profile.model, profile.made_from) | {"costs": {n: t.model_dump(mode="json") for n, t in profile.costs.items()}}
     return Shown(head, layer_rows(profile.layers), profile)
@@ -159,4 +179,8 @@ def _lines(found: Shown) -> list[str]:
     lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if source]
     if fused := head.get("unfused_attention") or head.get("made_from", {}).get("unfused_attention"):
         lines.append(f"attention stays fused in {len(fused)} places, so its matmuls are no layers: {', '.join(fused)}")
-    return [textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in lines]
+    return [_filled(line) for line in lines]
+
+
+def _filled(line: str) -> str:
+    return textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,81 @@
+"""What a run folder holds, and which of its files were made from another file than the one that lies beside them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitq.artifacts import BitPlan, Profile, load_plan, load_profile
+from vitq.cli.chain import CHECKPOINT, ONNX, PLAN, PROFILE, from_another_profile, of_another_plan
+from vitq.cli.terminal import in_units
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether this is a folder with artifacts and not a model (which has a config.json)."""
+    return path.is_dir() and not (path / "config.json").is_file() and any((path / name).is_file() for name in (PROFILE, PLAN))
+
+
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """The artifacts that there are, in the order of the chain: `file`, `bytes`, `holds` in words, and `stale`, what is wrong, or None.
+
+    Raises:
+        InputError: one of them is damaged.
+    """
+    profile = load_profile(folder / PROFILE) if (folder / PROFILE).is_file() else None
+    plan = load_plan(folder / PLAN) if (folder / PLAN).is_file() else None
+    found: list[tuple[str, str, str | None]] = []
+    if profile:
+        found.append((PROFILE, f"{profile.model.architecture}, {len(profile.layers)} layers, costs by {', '.join(profile.costs)}", None))
+    if plan is not None:
+        another = profile and from_another_profile(plan.made_from, profile)
+        found.append((PLAN, _bits(plan), _another("made from", PROFILE, "vitq allocate") if another else None))
+    calibrated = None
+    if (folder / CHECKPOINT).is_file():
+        from vitq import checkpoint
+
+        calibrated, made_from = checkpoint.read_plan(folder / CHECKPOINT)
+        found.append((CHECKPOINT, _bits(calibrated), _stale_checkpoint(calibrated, made_from, plan, profile)))
+        if (folder / ONNX).is_file():
+            found.append((ONNX, "exported model", _stale_onnx(folder / ONNX, calibrated, made_from)))
+    elif (folder / ONNX).is_file():
+        found.append((ONNX, "exported model", None))
+    return [{"file": name, "bytes": (folder / name).stat().st_size, "holds": holds, "stale": stale} for name, holds, stale in found]
+
+
+def folder_table(rows: list[dict[str, Any]]) -> "Table":
+    """A line a file."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for title in ("file", "size", "holds"):
+        table.add_column(title, justify="right" if title == "size" else "left")
+    for row in rows:
+        table.add_row(row["file"], in_units(row["bytes"], "B"), row["holds"])
+    return table
+
+
+def _bits(plan: BitPlan) -> str:
+    widths = {bits for entry in plan.layers for bits in (entry.weight_bits, entry.activation_bits) if bits is not None}
+    return f"{plan.model.architecture}, {len(plan.layers)} layers at {min(widths, default='no')} to {max(widths, default='no')} bits"
+
+
+def _stale_checkpoint(calibrated: BitPlan, made_from: dict[str, Any], plan: BitPlan | None, profile: Profile | None) -> str | None:
+    if plan and of_another_plan(calibrated, made_from, plan):
+        return _another("calibrated to", PLAN, "vitq calibrate")
+    if profile and from_another_profile(made_from, profile):
+        return _another("made from", PROFILE, "vitq allocate --force` and `vitq calibrate")
+    return None
+
+
+def _stale_onnx(path: Path, calibrated: BitPlan, made_from: dict[str, Any]) -> str | None:
+    from vitq.evaluate import onnx_metadata
+
+    metadata = onnx_metadata(path)
+    bits = {entry.name: [entry.weight_bits, entry.activation_bits] for entry in calibrated.layers}
+    same = metadata.get("vitq.plan") == bits and metadata.get("vitq.made_from") == made_from
+    return None if same else _another("exported from", CHECKPOINT, "vitq export")
+
+
+def _another(how: str, name: str, command: str) -> str:
+    return f"{how} another {name} than the one beside it; run `{command} --force` again"
