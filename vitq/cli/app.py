@@ -11,6 +11,7 @@ import typer
 
 from vitq import __version__
 from vitq.cli.allocate import allocate
+from vitq.cli.bench import bench
 from vitq.cli.calibrate import calibrate
 from vitq.cli.demo import demo
 from vitq.cli.evaluate import evaluate
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, allocate, calibrate, export, evaluate, show, demo):
+for command in (profile, allocate, calibrate, export, evaluate, bench, show, demo):
     app.command()(command)
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vitq.models import LoadedModel
 
 DEFAULT_FOLDER = Path("vitq-run")
-PROFILE, PLAN, CHECKPOINT, ONNX, EVALUATION = "profile.json", "plan.json", "model.safetensors", "model.onnx", "evaluate.json"
+PROFILE, PLAN, CHECKPOINT, ONNX = "profile.json", "plan.json", "model.safetensors", "model.onnx"
+EVALUATION, BENCH = "evaluate.json", "bench.json"
 
 
 class LoadingOptions(Value):

@@ -1,0 +1,87 @@
+"""`vitq bench` on a finished run folder: what it prints and saves, its gate and its faults."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_session import make_chain, vitq
+
+ROW = {"name", "batch", "threads", "median_ms", "p90_ms", "images_per_second", "speedup"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert all(done.code == 0 for done in make_chain(folder))
+    return folder
+
+
+@pytest.fixture
+def session(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "session")
+
+
+def test_files_and_baselines_in_one_document(session: Path):
+    shutil.copy(session / "vitq-run" / "model.onnx", session / "again.onnx")
+    command = ("bench", "vitq-run/model.onnx", "again.onnx", "--baselines", "--batch", 1, "--batch", 3, "--threads", 1, "--rounds", 2)
+    done = vitq(*command, "--json", folder=session)
+    assert done.code == 0, done.err
+    rows = done.document["results"]
+    names = ["vitq-run/model.onnx", "again.onnx", "float32", "quantize_dynamic", "quantize_static"]
+    assert [(row["name"], row["batch"], row["threads"]) for row in rows] == [(name, batch, 1) for batch in (1, 3) for name in names]
+    assert all(set(row) == ROW for row in rows)
+    assert [row["speedup"] for row in rows] == [
+        pytest.approx(rows[5 * (at // 5)]["median_ms"] / row["median_ms"]) for at, row in enumerate(rows)
+    ]
+    files = {found["name"]: found for found in done.document["files"]}
+    assert list(files) == names
+    assert files["again.onnx"]["file_bytes"] == (session / "again.onnx").stat().st_size < files["float32"]["file_bytes"]
+    assert all(found["load_ms"] > 0 and found["peak_memory_bytes"] != 0 for found in files.values())
+    assert json.loads((session / "vitq-run" / "bench.json").read_text()) == done.document
+    assert sorted(path.name for path in session.iterdir()) == ["again.onnx", "images", "model", "vitq-run"]
+
+
+def test_bare_it_takes_the_run_folders_file_and_replaces_its_own_result(session: Path):
+    for rounds in (1, 2):
+        done = vitq("bench", "--rounds", rounds, folder=session)
+        assert done.code == 0, done.err
+    assert [row["name"] for row in json.loads((session / "vitq-run" / "bench.json").read_text())["results"]] == ["vitq-run/model.onnx"]
+    assert "median ms" in done.out and "peak memory" in done.out and "wrote vitq-run/bench.json" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+def test_away_from_a_run_folder_nothing_is_saved_unless_asked_for(session: Path):
+    shutil.move(session / "vitq-run" / "model.onnx", session / "alone.onnx")
+    assert vitq("bench", "alone.onnx", "--rounds", 1, folder=session).code == 0
+    assert not list(session.rglob("bench.json"))
+    assert vitq("bench", "alone.onnx", "--rounds", 1, "-o", "here.json", folder=session).code == 0
+    assert json.loads((session / "here.json").read_text())["results"][0]["name"] == "alone.onnx"
+    again = vitq("bench", "alone.onnx", "--rounds", 1, "-o", "here.json", folder=session)
+    assert again.code == 2 and "here.json exists already; give --force" in again.err
+
+
+@pytest.mark.parametrize(("limit", "code"), [(1e-6, 6), (1e9, 0)])
+def test_the_gate_is_on_the_files_that_are_given(session: Path, limit: float, code: int):
+    done = vitq("bench", "vitq-run/model.onnx", "--batch", 2, "--rounds", 1, "--max-ms", limit, "--json", folder=session)
+    assert done.code == code
+    assert len(done.document["results"]) == 1  # printed and saved first
+    assert (session / "vitq-run" / "bench.json").exists()
+    if code:
+        assert "vitq-run/model.onnx takes " in done.err and "ms at batch 2, above --max-ms 1e-06; " in done.err
+
+
+def test_faults(session: Path):
+    shutil.copy(session / "vitq-run" / "model.onnx", session / "alone.onnx")
+    shutil.rmtree(session / "model")
+    (session / "damaged.onnx").write_bytes(b"no model")
+    for arguments, code, message in (
+        (("gone.onnx",), 3, "gone.onnx does not exist; `vitq export` writes it"),
+        (("damaged.onnx",), 3, "damaged.onnx cannot be loaded by onnxruntime"),
+        (("alone.onnx", "--baselines"), 3, "give it with --reference, or run `vitq profile` again"),
+        (("alone.onnx", "--baselines", "--reference", "gone"), 3, "'gone' is no file, folder or timm model"),
+        (("alone.onnx", "--batch", 0), 2, "--batch"),
+    ):
+        done = vitq("bench", *arguments, "--rounds", 1, "--json", folder=session)
+        assert (done.code, done.out) == (code, ""), done.err
+        assert message in done.err and "Traceback" not in done.err

@@ -1,0 +1,50 @@
+"""The process that `footprint` starts: `child.py FILE THREADS SHAPE...` loads a file, runs it twice, and prints what that took as JSON.
+
+Imports nothing of vitq, whose libraries would be counted with the file.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    file, threads, *shape = sys.argv[1:]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = int(threads)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    started = time.perf_counter()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    load_ms = 1000 * (time.perf_counter() - started)
+    images = np.zeros([int(size) for size in shape], np.float32)
+    for _ in range(2):
+        session.run(None, {session.get_inputs()[0].name: images})
+    print(json.dumps({"load_ms": load_ms, "peak_memory_bytes": peak_memory()}))
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process ever held in memory.
+
+    Linux: VmHWM, which starts anew with the program; getrusage's maximum would be that of the process that started this one where that
+    is larger.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+if __name__ == "__main__":
+    main()

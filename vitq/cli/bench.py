@@ -1,0 +1,140 @@
+"""`vitq bench`: latency, load time and memory of ONNX files on this machine."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitq.artifacts import write_whole
+from vitq.cli import options
+from vitq.cli.chain import BENCH, ONNX, PROFILE, Memory, Reading, output_path, run_folder
+from vitq.cli.terminal import Terminal, in_units, json_text
+from vitq.errors import GateError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vitq.bench import Row
+
+CALIBRATION_IMAGES = 8
+"""Images that onnxruntime's quantize_static looks at; its speed does not depend on them."""
+
+
+def bench(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[ONNX]...", help="(default: model.onnx in the run folder)")] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Images a run; repeatable. (default: 1)")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each run. (default: one a core)")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Timed runs of each file. (default: some 10 s of them, 20 to 200)")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also float32, and what onnxruntime's quantize_dynamic and quantize_static make of it.")
+    ] = False,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The float MODEL of --baselines. (default: the first file's)")
+    ] = None,
+    images: options.RememberedImages = None,
+    max_ms: Annotated[float | None, typer.Option("--max-ms", help="The files' medians; above it: exit 6.")] = None,
+    seed: options.UnusedSeed = None,
+    device: options.UnusedDevice = "cpu",
+    run_dir: options.RunDir = None,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure latency, load time and memory of ONNX files."""
+    terminal = Terminal(quiet, verbose, as_json)
+    if output is not None:
+        output_path(output, Path(), "", force)
+    batches, threads = list(dict.fromkeys(batch or [1])), threads or usable_cores()
+    folder = run_folder(run_dir, files[0] if files else None)
+    files = files or [folder / ONNX]
+    named = {str(file): file for file in files}
+    from vitq.bench import compare, footprint
+    from vitq.bench.latency import input_shape, open_session
+
+    with ExitStack() as stack:
+        measured = dict(named)
+        for file in files:  # what cannot be run is said before the baselines are made
+            input_shape(open_session(file, threads), str(file), batches[0])
+        if baselines:
+            made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitq-")))
+            terminal.note("baselines: float32, quantize_dynamic, quantize_static")
+            measured |= _baselines(files[0], folder, reference, images, made)
+        terminal.note(f"latency: {len(measured)} files in turn, {threads} threads, batch {', '.join(map(str, batches))}")
+        rows = compare(measured, batches, threads, rounds)
+        terminal.note("load time and memory: each file in a process of its own")
+        shapes = {name: input_shape(open_session(file, threads), name, batches[0]) for name, file in measured.items()}
+        footprints = {name: footprint(file, shapes[name], threads) for name, file in measured.items()}
+        sizes = {name: file.stat().st_size for name, file in measured.items()}
+    loaded = [{"name": name, "batch": batches[0], "file_bytes": sizes[name], **asdict(found)} for name, found in footprints.items()]
+    document = {"results": [asdict(row) for row in rows], "files": loaded}
+    path = output or (folder / BENCH if (folder / PROFILE).is_file() else None)
+    if path is not None:
+        write_whole(path, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
+    terminal.result(document, *_tables(rows, loaded), *([f"wrote {path}"] if path else []))
+    _check(rows, named, max_ms)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _baselines(file: Path, folder: Path, reference: str | None, images: str | None, into: Path) -> dict[str, Path]:
+    """The baselines of the model that a file was made from, or of the one that is given."""
+    from vitq.bench import write_baselines
+    from vitq.evaluate import onnx_metadata
+
+    made_from = onnx_metadata(file).get("vitq.made_from")
+    made_from = made_from if isinstance(made_from, dict) else {}
+    memory = Memory(made_from | made_from.get("calibration", {}), folder / file.name)
+    model = memory.model(reference, "--reference")
+    opened, _ = memory.images(Reading(images, None, None, CALIBRATION_IMAGES, 0), model.data_config, model.label_names)
+    return write_baselines(model, next(iter(opened))[0], into)
+
+
+def _tables(rows: Sequence["Row"], loaded: Sequence[Mapping[str, Any]]) -> "list[Table]":
+    """What was timed, then what was loaded."""
+    memories = [None if found["peak_memory_bytes"] is None else in_units(found["peak_memory_bytes"], "B") for found in loaded]
+    timed = [
+        (row.name, str(row.batch), f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}", f"{row.speedup:.2f}")
+        for row in rows
+    ]
+    files = [
+        (found["name"], in_units(found["file_bytes"], "B"), f"{found['load_ms']:.0f}", memory or "-")
+        for found, memory in zip(loaded, memories, strict=True)
+    ]
+    return [
+        _table(("latency", "batch", "median ms", "p90 ms", "images/s", "speedup"), timed),
+        _table(("loading", "file", "ms", "peak memory"), files),
+    ]
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="left" if title == titles[0] else "right", no_wrap=title != titles[0], overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _check(rows: Sequence["Row"], gated: Mapping[str, Any], max_ms: float | None) -> None:
+    """Raises GateError where a file that was given takes longer than allowed; baselines may."""
+    if max_ms is None:
+        return
+    missed = [
+        f"{row.name} takes {row.median_ms:.6g} ms at batch {row.batch}" for row in rows if row.name in gated and not row.median_ms <= max_ms
+    ]
+    if missed:
+        raise GateError(f"{'; '.join(missed)}, above --max-ms {max_ms:g}; give more --threads or a smaller model, or raise the gate")
