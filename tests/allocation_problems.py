@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from vitq.allocation import sizes
-from vitq.artifacts import CostTable, Layer, ModelSpec, Operand, Profile
+from vitq.artifacts import WIDTHS, CostTable, Layer, ModelSpec, Operand, Profile
+from vitq.latency import LatencyTable
 
 Assignment = dict[str, tuple[int | None, int]]
 """Layer name -> (weight bits, activation bits)."""
@@ -68,6 +69,19 @@ def make_table(layers: Sequence[Layer], bits: Sequence[int], chance: random.Rand
     )
 
 
+def make_latencies(layers: Sequence[Layer], chance: random.Random) -> LatencyTable:
+    """Milliseconds for every layer and pair of widths, narrower ones slower as often as not, and a rest that may be negative."""
+    timings = [
+        {"layers": [layer.name], "weight_bits": weight, "activation_bits": [activation], "ms": chance.randrange(10**6) / 10**6}
+        for layer in layers
+        for weight in ([[width] for width in WIDTHS] if layer.has_weight else [None])
+        for activation in WIDTHS
+    ]
+    rest = chance.uniform(-1, 1)
+    document = {"architecture": "none", "graph_digest": "", "batch": 1, "threads": 1, "rest_ms": round(rest, 6), "timings": timings}
+    return LatencyTable.model_validate(document)
+
+
 def deit(width: int = 768, blocks: int = 12, tokens: int = 197) -> list[Layer]:
     """The layers of a DeiT (B at width 768): per block qkv, qk, av, proj, fc1, fc2, and two fixed ones."""
     layers = [make_layer("patch_embed.proj", "patch_embed", 768 * width, 196 * 768 * width, ["image"], width)]
@@ -103,12 +117,13 @@ class Problem:
     bits_apart: bool
     fixed: dict[str, tuple[int, int]]
     budgets: list[str] = field(default_factory=list)
+    latencies: LatencyTable | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments for `allocate`."""
         fixed = [f"{name}={weight}/{activation}" for name, (weight, activation) in self.fixed.items()]
-        return {"bits": self.bits, "bits_apart": self.bits_apart, "fixed": fixed}
+        return {"bits": self.bits, "bits_apart": self.bits_apart, "fixed": fixed, "latencies": self.latencies}
 
     def assignments(self) -> Iterator[Assignment]:
         """Every assignment that the rules allow, budgets aside."""
@@ -158,6 +173,8 @@ class Problem:
                 held = values["size"] <= Fraction(value.removesuffix("B"))
             elif kind == "bops":
                 held = values["bops"] <= Fraction(value)
+            elif kind == "latency":
+                held = self.latency(assignment) <= Fraction(value.removesuffix("ms"))
             elif kind == "like":
                 uniform = self.measure(self.uniform(int(value)))
                 held = values["size"] <= uniform["size"] and values["bops"] <= uniform["bops"]
@@ -181,6 +198,21 @@ class Problem:
                 parameters, weight_sum = parameters + layer.parameters, weight_sum + layer.parameters * (weight or 0)
         weight_average = weight_sum / parameters if parameters else Fraction(0)
         return {"weight": weight_average, "activation": activation_sum / macs if macs else Fraction(0), "size": size, "bops": bops}
+
+    def latency(self, assignment: Assignment) -> Fraction:
+        """Milliseconds: the rest and each layer's timing at its widths, looked up one by one."""
+        assert self.latencies is not None
+        found = Fraction(str(self.latencies.rest_ms))
+        for name, (weight, activation) in assignment.items():
+            (ms,) = [
+                timing.ms
+                for timing in self.latencies.timings
+                if name in timing.layers
+                and activation in timing.activation_bits
+                and (weight is None or weight in (timing.weight_bits or ()))
+            ]
+            found += Fraction(f"{ms:.6f}")
+        return found
 
     def uniform(self, width: int) -> Assignment:
         """All searched layers at one width, but for activations that a fixed layer shares."""

@@ -9,11 +9,12 @@ import pytest
 from allocation_problems import deit, make_layer, make_profile, make_table, plain_sizes
 
 from vitq.allocation import Allocation, allocate
-from vitq.allocation.budgets import BUDGETS, parse_budget
+from vitq.allocation.budgets import BUDGETS, Whole, parse_budget
 from vitq.allocation.choices import settle
 from vitq.allocation.sizes import stored_bytes
-from vitq.artifacts import CostTable, Profile
+from vitq.artifacts import WIDTHS, CostTable, Profile
 from vitq.errors import BudgetError, InputError, UsageError
+from vitq.latency import LatencyTable
 
 __all__ = ["plain_sizes"]  # a fixture for every test here
 BITS = (2, 3, 4, 6, 8)
@@ -85,7 +86,7 @@ def test_stored_bytes_round_codes_up_and_count_zero_points_below_eight_bits() ->
     ],
 )
 def test_a_budget_is_read_into_exact_limits(text: str, limits: list[tuple[str, int]]) -> None:
-    budgets = parse_budget(text, settle(LAYERS, []), PROFILE.rest_bytes)
+    budgets = parse_budget(text, settle(LAYERS, []), Whole(PROFILE.rest_bytes))
     assert [(budget.quantity, budget.limit) for budget in budgets] == limits
 
 
@@ -107,7 +108,8 @@ def test_a_budget_is_read_into_exact_limits(text: str, limits: list[tuple[str, i
         ("bops=1.5GB", "unit 'GB' is not known; give one of none, K, M, G, T"),
         ("like=4.5", "budget 'like=4.5': '4.5' is not a width; give whole bits from 2 to 8"),
         ("like=9", "'9' is not a width"),
-        ("latency=4.0ms", "latency budgets are not available yet; give average bits .* size=3.2MB, bops=1.5G or like=4"),
+        ("latency=4", "unit 'none' is not known; give one of us, ms, s"),
+        ("latency=fast ms", "'fast' is not a decimal number; give average bits .* size=3.2MB, bops=1.5G, like=4 or latency=4.0ms"),
         ("memory=3MB", "budget 'memory=3MB' is of no known kind; give average bits"),
     ],
 )
@@ -118,10 +120,24 @@ def test_a_budget_that_is_not_understood_is_a_usage_error(text: str, message: st
 
 def test_every_kind_of_budget_is_kept_and_reached() -> None:
     """Each kind's own limit binds: the plan is within it, and a wider budget buys a lower cost."""
-    for tight, wide, key in (("size=5.1KB", "size=5.2KB", "size_bytes"), ("bops=130K", "bops=900K", "bops"), ("like=3", "like=6", "bops")):
-        first, second = allocate(PROFILE, [tight]).report, allocate(PROFILE, [wide]).report
+    cases = [("size=5.1KB", "size=5.2KB", "size_bytes"), ("bops=130K", "bops=900K", "bops"), ("like=3", "like=6", "bops")]
+    cases.append(("latency=0.6ms", "latency=1.1ms", "latency_ms"))
+    for tight, wide, key in cases:
+        first, second = (allocate(PROFILE, [text], latencies=slower_with_the_width()).report for text in (tight, wide))
         assert first[key] <= second[key] and first["objective"] > second["objective"], tight
-    assert {text.partition("=")[0] for text in ("size=5.1KB", "bops=130K", "like=3")} == set(BUDGETS)
+    assert {text.partition("=")[0] for text, _, _ in cases} == set(BUDGETS)
+
+
+def slower_with_the_width() -> LatencyTable:
+    """Every layer takes 0.02 ms a bit of its activations, everything else 0.1 ms."""
+    timings = [
+        {"layers": [layer.name], "weight_bits": WIDTHS if layer.has_weight else None, "activation_bits": [width], "ms": 0.02 * width}
+        for layer in LAYERS
+        for width in WIDTHS
+    ]
+    return LatencyTable.model_validate(
+        {"architecture": "none", "graph_digest": "", "batch": 1, "threads": 1, "rest_ms": 0.1, "timings": timings}
+    )
 
 
 def test_relative_to_uniform_is_interpolated_between_whole_widths() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from allocation_problems import Problem, deit, make_layer, make_profile, make_table, plain_sizes
+from allocation_problems import Problem, deit, make_latencies, make_layer, make_profile, make_table, plain_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,13 +39,15 @@ def problems(draw: Any, bits_apart: bool) -> Problem:
     scale = draw(st.sampled_from([1.0, 1e-9, 1e4]))
     profile = make_profile(layers, make_table(layers, bits, chance, scale, draw(st.booleans())), chance.randint(0, 900))
     fixed = {layer.name: (8, 8) for layer in layers if layer.type == "head"}
-    problem = Problem(profile, bits, bits_apart, fixed)
-    return Problem(profile, bits, bits_apart, fixed, [draw_budget(problem, chance) for _ in range(draw(st.integers(1, 3)))])
+    latencies = make_latencies(layers, chance)
+    problem = Problem(profile, bits, bits_apart, fixed, latencies=latencies)
+    return replace(problem, budgets=[draw_budget(problem, chance) for _ in range(draw(st.integers(1, 3)))])
 
 
 def draw_budget(problem: Problem, chance: random.Random) -> str:
     """A budget that some assignment meets exactly, or that is a little below or above."""
-    values = problem.measure(chance.choice(list(problem.assignments())))
+    drawn = chance.choice(list(problem.assignments()))
+    values = problem.measure(drawn)
     looser = chance.choice([Fraction(1), Fraction(1), Fraction(9, 10), Fraction(11, 10)])
     weight, activation = (math.ceil(values[kind] * looser * 1000) / 1000 for kind in ("weight", "activation"))
     return chance.choice(
@@ -55,6 +57,7 @@ def draw_budget(problem: Problem, chance: random.Random) -> str:
             f"size={math.floor(values['size'] * looser)}B",
             f"bops={math.floor(values['bops'] * looser)}",
             f"like={chance.choice(problem.bits)}",
+            f"latency={max(0, math.floor(problem.latency(drawn) * looser * 10**6)) / 10**6:.6f}ms",
         ]
     )
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("artifacts",),
-    ("affine", "images", "moments", "weights"),
+    ("affine", "images", "latency", "moments", "weights"),
     ("models", "graph", "quantizers"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
@@ -49,7 +49,7 @@ LIBRARIES = {
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
-    "torch": set(FLOOR) - {"errors", "artifacts", "allocation"},
+    "torch": set(FLOOR) - {"errors", "artifacts", "latency", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.
@@ -225,7 +225,7 @@ def test_reads_every_file(tmp_path: Path):
     assert [fault.split(":")[0] for fault in all_faults(tmp_path)] == ["vitq/deep/er/still.py"]
 
 
-@pytest.mark.parametrize("module", ["vitq", "vitq.errors", "vitq.artifacts", "vitq.allocation", "vitq.cli.app"])
+@pytest.mark.parametrize("module", ["vitq", "vitq.errors", "vitq.artifacts", "vitq.latency", "vitq.allocation", "vitq.cli.app"])
 def test_imports_without_torch(module: str):
     heavy = {"torch", "timm", "onnx", "onnxruntime", "onnxscript"} | ({"highspy"} if module != "vitq.allocation" else set())
     assert not loaded_by(f"import {module}") & heavy

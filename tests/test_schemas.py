@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from vitq.artifacts import BitPlan, Profile, Staircase
+from vitq.latency import LatencyTable
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
-SCHEMAS = {"profile": Profile, "plan": BitPlan, "pareto": Staircase}
+SCHEMAS = {"profile": Profile, "plan": BitPlan, "pareto": Staircase, "latency": LatencyTable}
 
 
 def schema(name: str) -> str:

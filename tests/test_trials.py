@@ -10,7 +10,7 @@ from small_models import captured, images
 
 from vitq.affine import quantize_dequantize, quantize_weight
 from vitq.allocation import Wishes, allocate, lay_out
-from vitq.allocation.budgets import parse_budget
+from vitq.allocation.budgets import Budget, Whole, parse_budget
 from vitq.allocation.choices import settle
 from vitq.allocation.moves import Bits, Moves
 from vitq.artifacts import BitPlan
@@ -33,7 +33,7 @@ WIDTHS = (2, 3, 4)
 
 def moves_of(budgets: list[str], bits_apart: bool = False) -> Moves:
     scope = settle(LAYERS, ())
-    return Moves.of(scope, [budget for text in budgets for budget in parse_budget(text, scope, 0)], WIDTHS, bits_apart)
+    return Moves.of(scope, [budget for text in budgets for budget in parse_budget(text, scope, Whole(0))], WIDTHS, bits_apart)
 
 
 def uniform(width: int) -> Bits:
@@ -73,6 +73,15 @@ def test_units_move_together_and_fixed_layers_do_not():
 def test_budgets_hold_by_definition(limit: float):
     moves = moves_of([str(limit)])
     assert all(moves.meets(bits) == average_at_most(bits, limit) for bits in every_plan())
+
+
+def test_a_random_plan_keeps_to_a_latency_that_narrower_widths_break():
+    """Here the widest plan is the fastest: from a plan that may have one narrow layer, no random plan has two."""
+    scope = settle(LAYERS, ())
+    slow = Budget("latency=0ms", "latency", lambda layer, weight_bits, activation_bits: int(activation_bits < 4), limit=2)
+    moves = Moves.of(scope, [slow], WIDTHS, False)
+    found = [random_plan(moves, uniform(4), random.Random(seed)) for seed in range(8)]
+    assert all(moves.meets(bits) for bits in found)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -297,17 +297,17 @@ def save(artifact: Value, path: str | Path, force: bool = False) -> None:
 
 def load_profile(path: str | Path) -> Profile:
     """Reads and validates a profile; raises InputError for a missing, damaged or foreign file."""
-    return _load(Path(path), Profile, "vitq profile MODEL --images PATH")
+    return load_artifact(path, Profile, "vitq profile MODEL --images PATH")
 
 
 def load_plan(path: str | Path) -> BitPlan:
     """Reads and validates a plan; raises InputError for a missing, damaged or foreign file."""
-    return _load(Path(path), BitPlan, "vitq allocate --budget 4.0")
+    return load_artifact(path, BitPlan, "vitq allocate --budget 4.0")
 
 
 def load_staircase(path: str | Path) -> Staircase:
     """Reads and validates a staircase; raises InputError for a missing, damaged or foreign file."""
-    return _load(Path(path), Staircase, "vitq allocate --pareto FILE")
+    return load_artifact(path, Staircase, "vitq allocate --pareto FILE")
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
@@ -351,10 +351,11 @@ def _umask() -> int:
     return mask
 
 
-def _load(path: Path, kind: type[T], made_by: str) -> T:
+def load_artifact(path: str | Path, kind: type[T], made_by: str) -> T:
+    """Reads and validates an artifact that the command `made_by` writes; raises InputError for a missing, damaged or foreign file."""
     expected = kind.model_fields["format"].default
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; `{made_by}` writes it") from None
     except (OSError, ValueError, RecursionError) as error:

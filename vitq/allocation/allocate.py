@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vitq.allocation.budgets import ACCEPTED, Budget, average_limits, parse_budget, total
+from vitq.allocation.budgets import ACCEPTED, Budget, Whole, average_limits, parse_budget, total
 from vitq.allocation.choices import ChoiceTree, Scope, Widths, choice_tree, in_words_and_numbers, parse_widths, settle
 from vitq.allocation.choices import paper_parity as papers_fixed
 from vitq.allocation.objectives import GAMMA, OBJECTIVES, Objective
@@ -21,6 +21,7 @@ from vitq.allocation.summary import summarize
 from vitq.allocation.ties import widest_first
 from vitq.artifacts import WIDTHS, BitPlan, CostTable, LayerBits, Profile
 from vitq.errors import BudgetError, InputError, UsageError
+from vitq.latency import LatencyTable
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class Search:
     tree: ChoiceTree
     costs: tuple[float, ...]
     products: Products
+    latencies: LatencyTable | None = None
+
+    @property
+    def whole(self) -> Whole:
+        """What budgets and sums have to know beside the layers."""
+        return Whole(self.profile.rest_bytes, self.latencies)
+
+    def limits(self, budgets: Sequence[str]) -> list[Budget]:
+        """The budgets, read."""
+        return [budget for text in budgets for budget in parse_budget(text, self.scope, self.whole)]
 
     @property
     def unit(self) -> str:
@@ -100,12 +111,13 @@ def allocate(
     gamma: float | None = None,
     preset: str | None = None,
     gap: float | None = None,
+    latencies: LatencyTable | None = None,
 ) -> Allocation:
     """Chooses the bits of every layer: the least predicted increase of the loss that meets all budgets, with a proof of how good it is.
 
     Args:
         profile: the layers and what their bits cost.
-        budgets: "4.0", "4.0/8.0", "size=3.2MB", "bops=1.5G" or "like=4"; all must hold.
+        budgets: "4.0", "4.0/8.0", "size=3.2MB", "bops=1.5G", "like=4" or "latency=4.0ms"; all must hold.
         uniform: "4" or "4/8" in place of budgets: every searched layer at these bits, no search.
         metric: the cost table to minimise; by default the preset's, else the profile's first.
         bits: candidate widths, a part of the table's; by default the preset's, else all of them.
@@ -117,6 +129,7 @@ def allocate(
         gamma: by how much one bit more divides a cost, above 1, for the objective `gamma`; by default 4.
         preset: a name in `PRESETS`, what a paper does.
         gap: (objective - bound) / |objective| at which to stop, however long that takes; by default 0, unless that takes too much work.
+        latencies: measured ones, for a budget of latency; where given, the report has the plan's predicted `latency_ms`.
 
     Returns:
         The plan, its layers sorted by name (blocks.2 before blocks.10), and the report. `objective`, `bound` are in the unit of the table.
@@ -124,19 +137,20 @@ def allocate(
 
     Raises:
         UsageError: an option that is not understood, names nothing, or asks for a width without a cost.
-        InputError: a profile without layers or costs.
+        InputError: a profile without layers or costs; latencies that are missing or of another model.
         BudgetError: budgets that no plan meets; the message gives the smallest and largest value that each can reach.
     """
     if bool(budgets) == (uniform is not None):
         given = "both budgets and a uniform width were" if budgets else "neither a budget nor a uniform width was"
         raise UsageError(f"{given} given; {ACCEPTED} with --budget, or --uniform 4 for no search")
-    search = lay_out(profile, Wishes(metric, bits, bits_apart, fixed, paper_parity, objective, gamma, preset), budgets, uniform)
+    wishes = Wishes(metric, bits, bits_apart, fixed, paper_parity, objective, gamma, preset)
+    search = lay_out(profile, wishes, budgets, uniform, latencies)
     if uniform is not None:
         widths = search.scope.uniform(*parse_widths(uniform, "--uniform"))
         value = search.objective.total(widths)
         solution, prices = Solution((), value, value, "uniform", 0.0), []
     else:
-        limits = [budget for text in budgets for budget in parse_budget(text, search.scope, profile.rest_bytes)]
+        limits = search.limits(budgets)
         solution = search.solve(limits, gap)
         if solution is None:
             raise BudgetError(_out_of_reach(search, limits))
@@ -150,7 +164,7 @@ def allocate(
         "status": solution.status,
         "shadow_prices": prices,
     }
-    summary = summarize(search.scope, widths, profile.rest_bytes, budgets) | certificate
+    summary = summarize(search.scope, widths, search.whole, budgets) | certificate
     asked = {"metric": search.metric, "objective": search.objective_name, "budgets": list(budgets), "uniform": uniform}
     asked |= {"bits": list(search.candidates), "bits_apart": bits_apart, "fixed": list(search.fixed)}
     asked |= {"gamma": search.gamma} if search.objective_name == "gamma" else {}
@@ -158,13 +172,17 @@ def allocate(
     return Allocation(_plan(profile, search.scope, widths, summary, asked), summary | {"solve_seconds": solution.seconds})
 
 
-def lay_out(profile: Profile, wishes: Wishes, budgets: Sequence[str] = (), uniform: str | None = None) -> Search:
+def lay_out(
+    profile: Profile, wishes: Wishes, budgets: Sequence[str] = (), uniform: str | None = None, latencies: LatencyTable | None = None
+) -> Search:
     """The options that are left and what they cost; arguments and errors as those of `allocate`.
 
     Budgets and uniform width set no limit here: they say which bits a preset and `paper_parity` speak of.
     """
     if not profile.layers:
         raise InputError("the profile has no layers; run `vitq profile MODEL --images PATH` on a model that has some")
+    if latencies is not None:
+        latencies.check(profile.layers, profile.model.graph_digest)
     metric, objective, bits, gamma = wishes.metric, wishes.objective, wishes.bits, wishes.gamma
     if wishes.preset is not None:
         paper = find_preset(wishes.preset, profile.costs, metric)
@@ -188,7 +206,8 @@ def lay_out(profile: Profile, wishes: Wishes, budgets: Sequence[str] = (), unifo
     inside, products = _products(tree, minimised)
     # A sum over the layers of one option, each exactly once, so that its rounding does not depend on the profile's order.
     costs = tuple(Objective(minimised.price, inside.get(at, {})).total(option) for at, option in enumerate(tree.options))
-    return Search(profile, scope, name, objective, gamma, tuple(candidates), wishes.bits_apart, fixed, minimised, tree, costs, products)
+    chosen = (tuple(candidates), wishes.bits_apart, fixed)
+    return Search(profile, scope, name, objective, gamma, *chosen, minimised, tree, costs, products, latencies)
 
 
 def _products(tree: ChoiceTree, objective: Objective) -> tuple[dict[int, dict[Any, Any]], Products]:

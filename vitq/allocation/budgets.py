@@ -2,7 +2,7 @@
 
 A budget gives each layer at its widths a whole amount (parameters x bits, MACs x bits, bytes, BitOps), and a limit on the sum over all
 layers. Nothing is rounded: an average is multiplied out (sum of parameters x bits <= average x parameters, the right side rounded
-down). A new kind of budget is one function here and one line of `BUDGETS`. Left out: predicted latency.
+down), a latency is in nanoseconds. A new kind of budget is one function here and one line of `BUDGETS`.
 """
 
 import re
@@ -14,9 +14,10 @@ from math import ceil, floor
 from vitq.allocation.choices import Scope, Widths, parse_widths
 from vitq.allocation.sizes import stored_bytes
 from vitq.artifacts import Layer
-from vitq.errors import UsageError
+from vitq.errors import InputError, UsageError
+from vitq.latency import LatencyTable
 
-ACCEPTED = "give average bits (4.0, or 4.0/8.0 for weights/activations), size=3.2MB, bops=1.5G or like=4"
+ACCEPTED = "give average bits (4.0, or 4.0/8.0 for weights/activations), size=3.2MB, bops=1.5G, like=4 or latency=4.0ms"
 
 Amount = Callable[[Layer, int | None, int], int]
 """(layer, weight_bits or None for a matmul, activation_bits) -> a whole amount, at least 0."""
@@ -43,25 +44,32 @@ class Budget:
         return f"{whole}.{decimals:04d}".rstrip("0").rstrip(".") + self.unit
 
 
-def parse_budget(text: str, scope: Scope, rest_bytes: int) -> list[Budget]:
-    """Reads one `--budget`: "4.0", "4.0/8.0", "size=3.2MB", "bops=1.5G" or "like=4".
+@dataclass(frozen=True)
+class Whole:
+    """What is known of the whole file and of no layer's bits: its bytes beside the layers, and measured latencies where there are some."""
+
+    rest_bytes: int
+    latencies: LatencyTable | None = None
+
+
+def parse_budget(text: str, scope: Scope, whole: Whole) -> list[Budget]:
+    """Reads one `--budget`: "4.0", "4.0/8.0", "size=3.2MB", "bops=1.5G", "like=4" or "latency=4.0ms".
 
     Args:
         text: the budget as given.
         scope: the layers, and which of them are fixed.
-        rest_bytes: bytes of the exported file that belong to no layer.
+        whole: what the file is beside its layers, and the latencies.
 
     Raises:
         UsageError: anything else.
+        InputError: a latency, where there is no table.
     """
     kind, equals, value = text.strip().partition("=")
     if not equals:
         return _average(text, scope)
-    if kind == "latency":
-        raise UsageError(f"budget {text!r}: latency budgets are not available yet; {ACCEPTED}")
     if kind not in BUDGETS:
         raise UsageError(f"budget {text!r} is of no known kind; {ACCEPTED}")
-    return BUDGETS[kind](text, value, scope, rest_bytes)
+    return BUDGETS[kind](text, value, scope, whole)
 
 
 def average_amounts(scope: Scope, everything: bool = False) -> tuple[tuple[Amount, int], tuple[Amount, int]]:
@@ -111,34 +119,44 @@ def _average(text: str, scope: Scope) -> list[Budget]:
     return budgets
 
 
-def _size(text: str, value: str, scope: Scope, rest_bytes: int) -> list[Budget]:
+def _size(text: str, value: str, scope: Scope, whole: Whole) -> list[Budget]:
     number, unit = _number_and_unit(value, text, {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9})
-    return [Budget(text, "size", stored_bytes, floor(number * unit) - rest_bytes, offset=rest_bytes, per=10**6, unit="MB")]
+    return [Budget(text, "size", stored_bytes, floor(number * unit) - whole.rest_bytes, offset=whole.rest_bytes, per=10**6, unit="MB")]
 
 
-def _bops(text: str, value: str, scope: Scope, rest_bytes: int) -> list[Budget]:
+def _bops(text: str, value: str, scope: Scope, whole: Whole) -> list[Budget]:
     number, unit = _number_and_unit(value, text, {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12})
     return [Budget(text, "BitOps", bit_operations, floor(number * unit), per=10**9, unit="G")]
 
 
-def _like(text: str, value: str, scope: Scope, rest_bytes: int) -> list[Budget]:
+def _like(text: str, value: str, scope: Scope, whole: Whole) -> list[Budget]:
     """At most the size and the BitOps of the uniform plan with the same fixed layers, so that only the searched ones are compared."""
     uniform = scope.uniform(*parse_widths(value, f"budget {text!r}"))
     return [
-        Budget(text, "size", stored_bytes, total(stored_bytes, uniform), offset=rest_bytes, per=10**6, unit="MB"),
+        Budget(text, "size", stored_bytes, total(stored_bytes, uniform), offset=whole.rest_bytes, per=10**6, unit="MB"),
         Budget(text, "BitOps", bit_operations, total(bit_operations, uniform), per=10**9, unit="G"),
     ]
 
 
-BUDGETS: dict[str, Callable[[str, str, Scope, int], list[Budget]]] = {"size": _size, "bops": _bops, "like": _like}
+def _latency(text: str, value: str, scope: Scope, whole: Whole) -> list[Budget]:
+    number, unit = _number_and_unit(value, text, {"us": 10**3, "ms": 10**6, "s": 10**9})
+    if whole.latencies is None:
+        raise InputError(f"budget {text!r} needs measured latencies, and none are given; run `vitq bench --layers` on this machine first")
+    rest = whole.latencies.rest_nanoseconds
+    return [Budget(text, "latency", whole.latencies.nanoseconds, floor(number * unit) - rest, offset=rest, per=10**6, unit="ms")]
+
+
+BUDGETS: dict[str, Callable[[str, str, Scope, Whole], list[Budget]]] = {"size": _size, "bops": _bops, "like": _like, "latency": _latency}
 
 
 def _number_and_unit(value: str, text: str, units: dict[str, int]) -> tuple[Fraction, int]:
     number, unit = re.fullmatch(r"(.*?)\s*([A-Za-z]*)", value, re.DOTALL).groups()  # type: ignore[union-attr]
-    if unit.upper() not in units:
+    known = {name.upper(): size for name, size in units.items()}
+    if unit.upper() not in known:
         named = ", ".join(unit or "none" for unit in units)
-        raise UsageError(f"budget {text!r}: unit {unit or 'none'!r} is not known; give one of {named} (1 K is 1000), or {ACCEPTED}")
-    return _number(number, text), units[unit.upper()]
+        named += " (1 K is 1000)" if "K" in named else ""
+        raise UsageError(f"budget {text!r}: unit {unit or 'none'!r} is not known; give one of {named}, or {ACCEPTED}")
+    return _number(number, text), known[unit.upper()]
 
 
 def _number(number: str, text: str) -> Fraction:

@@ -14,7 +14,6 @@ from fractions import Fraction
 from typing import Any
 
 from vitq.allocation.allocate import Search, Wishes, lay_out
-from vitq.allocation.budgets import parse_budget
 from vitq.allocation.choices import Widths, in_words_and_numbers
 from vitq.allocation.summary import summarize
 from vitq.artifacts import Profile
@@ -53,7 +52,7 @@ def pareto(profile: Profile, wishes: Wishes | None = None, gap: float | None = N
     plans: list[dict[str, Any]] = []
     for average in _averages(search):
         text, here = f"{float(average):.2f}", at(int(average))
-        solution = here.solve(parse_budget(text, here.scope, profile.rest_bytes), GAP if gap is None else gap)
+        solution = here.solve(here.limits([text]), GAP if gap is None else gap)
         if solution is not None and (not plans or solution.objective < plans[-1]["objective"]):
             proof = {"bound": solution.bound, "gap": (solution.objective - solution.bound) / max(abs(solution.objective), 1e-12)}
             plans.append(_entry(here, float(average), here.widths(solution), solution.objective) | proof)
@@ -104,7 +103,7 @@ def _averages(search: Search) -> list[Fraction]:
 
 
 def _entry(search: Search, budget: float, widths: Sequence[Widths], objective: float) -> dict[str, Any]:
-    summary = summarize(search.scope, widths, search.profile.rest_bytes, [])
+    summary = summarize(search.scope, widths, search.whole, [])
     kept = {key: summary[key] for key in ("average_weight_bits", "average_activation_bits", "size_bytes", "bops")}
     ordered = sorted(widths, key=lambda entry: in_words_and_numbers(entry.layer.name))
     layers = {layer.name: [weight_bits, activation_bits] for layer, weight_bits, activation_bits in ordered}

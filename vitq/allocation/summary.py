@@ -1,6 +1,6 @@
 """What a plan amounts to: averages, bytes, BitOps and how these compare with uniform bits; exact until the last division.
 
-Left out: anything measured; all sizes are predicted from shapes and widths.
+Left out: measuring; sizes are predicted from shapes and widths, a latency from a table of measured ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,27 +8,27 @@ from fractions import Fraction
 from math import floor
 from typing import Any
 
-from vitq.allocation.budgets import Amount, average_amounts, average_limits, bit_operations, total
+from vitq.allocation.budgets import Amount, Whole, average_amounts, average_limits, bit_operations, total
 from vitq.allocation.choices import Scope, Widths
 from vitq.allocation.sizes import stored_bytes
 from vitq.artifacts import WIDTHS
 
 
-def summarize(scope: Scope, widths: Sequence[Widths], rest_bytes: int, budgets: Sequence[str]) -> dict[str, Any]:
+def summarize(scope: Scope, widths: Sequence[Widths], whole: Whole, budgets: Sequence[str]) -> dict[str, Any]:
     """Averages in bits, the predicted `size_bytes` of the packed file, `bops` for one image, and both relative to uniform bits.
 
     The uniform plan that it is compared with has the same fixed layers and the same average: the one that the budgets ask for where
     they do, else the achieved one. Where that is not whole, it lies on the line between the uniform plans of the widths beside it.
-    An average over nothing is None.
+    An average over nothing is None. With measured latencies there is the predicted `latency_ms` too.
     """
     weight, activation = (_average(pair, widths) for pair in average_amounts(scope))
     weight_all, activation_all = (_average(pair, widths) for pair in average_amounts(scope, everything=True))
-    size, bops = rest_bytes + total(stored_bytes, widths), total(bit_operations, widths)
+    size, bops = whole.rest_bytes + total(stored_bytes, widths), total(bit_operations, widths)
     asked = average_limits(budgets)
     level = [_level(number, achieved) for number, achieved in zip(asked, (weight, activation), strict=True)]
-    uniform_size = rest_bytes + _uniform_total(stored_bytes, scope, *level)
+    uniform_size = whole.rest_bytes + _uniform_total(stored_bytes, scope, *level)
     uniform_bops = _uniform_total(bit_operations, scope, *level)
-    return {
+    found = {
         "average_weight_bits": _number(weight),
         "average_activation_bits": _number(activation),
         "average_weight_bits_all": _number(weight_all),
@@ -42,6 +42,9 @@ def summarize(scope: Scope, widths: Sequence[Widths], rest_bytes: int, budgets: 
             "bops": _number(bops / uniform_bops if uniform_bops else None),
         },
     }
+    if whole.latencies is not None:
+        found["latency_ms"] = (whole.latencies.rest_nanoseconds + total(whole.latencies.nanoseconds, widths)) / 10**6
+    return found
 
 
 def _average(pair: tuple[Amount, int], widths: Iterable[Widths]) -> Fraction | None:

@@ -9,10 +9,11 @@ import typer
 
 from vitq.artifacts import Profile, load_profile, refuse_existing, save, write_whole
 from vitq.cli import options
-from vitq.cli.chain import PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
+from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal, in_units
 from vitq.errors import UsageError
+from vitq.latency import load_latency_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,7 @@ def allocate(
     profile: Annotated[Path | None, typer.Argument(help="A profile. (default: profile.json in the run folder)")] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option("--budget", help="Average bits 4.0 or 4.0/8.0, size=3.2MB, bops=1.5G, like=4; repeatable, all must hold."),
+        typer.Option("--budget", help="Average bits 4.0 or 4.0/8.0, size=3.2MB, bops=1.5G, like=4, latency=4.0ms; repeatable."),
     ] = None,
     uniform: Annotated[str | None, typer.Option("--uniform", help="4 or 4/8: no search, every searched layer the same.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="The costs to minimise. (default: the profile's first)")] = None,
@@ -57,6 +58,10 @@ def allocate(
         bool,
         typer.Option("--paper-parity", help="Head and patch embedding at the plan's bits, the image at 8, as papers do."),
     ] = False,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option("--latency-table", help="Measured latencies, by `vitq bench --layers`. (default: latency.json in the run folder)"),
+    ] = None,
     refine: Annotated[bool, typer.Option("--refine", help="LampQ's update: bits move in pairs while the measured loss falls.")] = False,
     audit: Annotated[
         int, typer.Option("--audit", min=0, help="Measure the plan, so many random ones of its budget and the uniform one.")
@@ -86,6 +91,8 @@ def allocate(
     if alone and output is not None:
         raise UsageError(f"-o {output} is for the plan, and --pareto alone makes none; give --budget 4.0 too, or leave -o out")
     found = load_profile(profile or folder / PROFILE)
+    limited = any(text.strip().startswith("latency=") for text in budget or ())
+    latencies = load_latency_table(latency_table or folder / LATENCY) if limited or latency_table else None
     path = output_path(output, folder, PLAN, force or alone)
     from vitq.allocation import Wishes, lay_out
     from vitq.allocation import allocate as choose
@@ -97,12 +104,13 @@ def allocate(
             terminal.result(staircase, *lines)
             return
         terminal.note("\n".join(lines))
-    chosen = choose(found, budget or (), uniform=uniform, gap=gap, **vars(wishes))
+    chosen = choose(found, budget or (), uniform=uniform, gap=gap, latencies=latencies, **vars(wishes))
     measured: list[Any] = []
     if refine or audit:
         reading = Reading(images, num_images, seed, batch_size, workers)
         memory = Memory(found.made_from, profile or folder / PROFILE)
-        judge, errors = _judge(lay_out(found, wishes, budget or ()), budget or (), memory, model, reading, device, terminal)
+        search = lay_out(found, wishes, budget or (), latencies=latencies)
+        judge, errors = _judge(search, budget or (), memory, model, reading, device, terminal)
         if refine:
             chosen, steps = judge.refined(chosen, errors())
             measured += refinement_lines(steps)
@@ -190,6 +198,7 @@ def _lines(report: dict[str, Any], unit: str) -> list[str]:
         f" (with fixed layers {_bits(report['average_weight_bits_all'])}, {_bits(report['average_activation_bits_all'])})",
         f"size          {in_units(report['size_bytes'], 'B')}, {size}",
         f"BitOps        {in_units(report['bops'], '')}, {bops}",
+        *([f"latency       {report['latency_ms']:.4g} ms predicted"] if "latency_ms" in report else []),
         f"loss          +{report['objective']:.4g} predicted ({nats}), gap {report['gap']:.2g}, {report['status']}",
         *(f"{'price':<14}{price['quantity']}: {price['text']}" for price in report["shadow_prices"]),
     ]

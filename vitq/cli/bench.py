@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import write_whole
+from vitq.artifacts import load_profile, save, write_whole
 from vitq.cli import options
-from vitq.cli.chain import BENCH, ONNX, PROFILE, Memory, Reading, output_path, run_folder
+from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, Memory, Reading, in_folder, output_path, run_folder
 from vitq.cli.terminal import Terminal, in_units, json_text
-from vitq.errors import GateError
+from vitq.errors import GateError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +39,9 @@ def bench(
         str | None, typer.Option("--reference", help="The float MODEL of --baselines. (default: the first file's)")
     ] = None,
     images: options.RememberedImages = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="In place of files: every layer of the run folder's profile, into latency.json.")
+    ] = False,
     max_ms: Annotated[float | None, typer.Option("--max-ms", help="The files' medians; above it: exit 6.")] = None,
     seed: options.UnusedSeed = None,
     device: options.UnusedDevice = "cpu",
@@ -49,12 +52,18 @@ def bench(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure latency, load time and memory of ONNX files."""
+    """Measure latency, load time and memory of ONNX files, or of a model's layers."""
     terminal = Terminal(quiet, verbose, as_json)
     if output is not None:
         output_path(output, Path(), "", force)
     batches, threads = list(dict.fromkeys(batch or [1])), threads or usable_cores()
     folder = run_folder(run_dir, files[0] if files else None)
+    if layers:
+        if len(files or ()) > 1 or len(batches) > 1 or baselines or max_ms is not None:
+            raise UsageError("--layers measures one model at one --batch, no files: leave --baselines, --max-ms and further files out")
+        profile = files[0] if files and files[0].suffix == ".json" else folder / PROFILE
+        _bench_layers(profile, batches[0], threads, rounds, output or folder / LATENCY, terminal)
+        return
     files = files or [folder / ONNX]
     named = {str(file): file for file in files}
     from vitq.bench import compare, footprint
@@ -81,6 +90,31 @@ def bench(
         write_whole(path, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
     terminal.result(document, *_tables(rows, loaded), *([f"wrote {path}"] if path else []))
     _check(rows, named, max_ms)
+
+
+def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, path: Path, terminal: Terminal) -> None:
+    """Writes the table that `vitq allocate --budget latency=4.0ms` reads."""
+    found = load_profile(profile)
+    from vitq.bench.layers import latency_table
+
+    terminal.note(f"layers of {found.model.architecture}, alone and together: {threads} threads, batch {batch}")
+    table = latency_table(found.model, batch, threads, rounds)
+    table.check(found.layers, found.model.graph_digest)
+    save(table, path, force=True)
+    whole, narrow = (table.made_from["whole_ms"][bits] for bits in ("8", "4"))
+    sums = [f"{whole['measured']:.4g} ms at 8 bits, of which layers {whole['measured'] - table.rest_ms:.4g} ms"]
+    sums.append(f"{narrow['measured']:.4g} ms with activations below 8 bits, predicted {narrow['predicted']:.4g} ms")
+    rows = [
+        (
+            timing.layers[0] + (f" and {len(timing.layers) - 1} like it" if len(timing.layers) > 1 else ""),
+            "8" if 8 in timing.activation_bits else "2 to 7",
+            f"{timing.ms:.4f}",
+        )
+        for timing in table.timings
+    ]
+    terminal.result(table.model_dump(mode="json"), _table(("layer", "activation bits", "ms"), rows), *sums, f"wrote {path}")
+    command = f"vitq allocate --budget latency={narrow['predicted']:.3g}ms"
+    terminal.next(in_folder(command, path, LATENCY) if path.name == LATENCY else f"{command} --latency-table {path}")
 
 
 def usable_cores() -> int:

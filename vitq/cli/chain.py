@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FOLDER = Path("vitq-run")
 PROFILE, PLAN, CHECKPOINT, ONNX = "profile.json", "plan.json", "model.safetensors", "model.onnx"
-EVALUATION, BENCH = "evaluate.json", "bench.json"
+EVALUATION, BENCH, LATENCY = "evaluate.json", "bench.json", "latency.json"
 
 
 class LoadingOptions(Value):

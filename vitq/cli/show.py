@@ -133,6 +133,7 @@ def _profile_beside(path: Path, names: set[str]) -> Profile | None:
 
 def _sums(plan: BitPlan, profile: Profile) -> dict[str, Any]:
     """Averages, size and BitOps of a plan, computed from its layers: it may have been edited since they were written into it."""
+    from vitq.allocation.budgets import Whole
     from vitq.allocation.choices import Widths, settle
     from vitq.allocation.summary import summarize
 
@@ -143,7 +144,7 @@ def _sums(plan: BitPlan, profile: Profile) -> dict[str, Any]:
         if entry.name in plan.fixed
     ]
     widths = [Widths(layer, plan.bits[layer.name].weight_bits, plan.bits[layer.name].activation_bits) for layer in profile.layers]
-    return summarize(settle(profile.layers, fixed), widths, profile.rest_bytes, ())
+    return summarize(settle(profile.layers, fixed), widths, Whole(profile.rest_bytes), ())
 
 
 def _head(kind: str, spec: ModelSpec, made_from: Any) -> dict[str, Any]:

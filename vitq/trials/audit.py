@@ -54,10 +54,13 @@ def audit(chosen: Bits, uniform: Bits | None, moves: Moves, count: int, predict:
 
 
 def random_plan(moves: Moves, start: Bits, source: random.Random) -> Bits:
-    """A plan that spends the budgets at random: from the narrowest widths, units picked by chance rise until none can."""
+    """A plan that spends the budgets at random: from widths as narrow as they may be, units picked by chance rise until none can.
+
+    `start` meets the budgets. Narrower widths do too, but for a latency: below 8 bits an activation costs a Clip.
+    """
     bits = start
     for unit in moves.units:
-        while (narrower := moves.moved(bits, unit, -1)) is not None:
+        while (narrower := moves.moved(bits, unit, -1)) is not None and moves.meets(narrower):
             bits = narrower
     rising = list(moves.units)
     while rising:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vitq.allocation import Allocation
 from vitq.allocation.allocate import Search
-from vitq.allocation.budgets import average_limits, parse_budget
+from vitq.allocation.budgets import average_limits
 from vitq.allocation.choices import Widths
 from vitq.allocation.moves import Bits, Moves
 from vitq.allocation.summary import summarize
@@ -30,9 +30,7 @@ class Judge:
         """The plans around a plan. Raises UsageError where there are no budgets to keep to."""
         if not self.budgets:
             raise UsageError("--refine and --audit compare plans of one budget; give --budget in place of --uniform")
-        scope, rest = self.search.scope, self.search.profile.rest_bytes
-        limits = [budget for text in self.budgets for budget in parse_budget(text, scope, rest)]
-        return Moves.of(scope, limits, self.search.candidates, self.search.bits_apart)
+        return Moves.of(self.search.scope, self.search.limits(self.budgets), self.search.candidates, self.search.bits_apart)
 
     def refined(self, chosen: Allocation, errors: Errors) -> tuple[Allocation, Refinement]:
         """The allocation after LampQ's update, and what was tried.
@@ -46,7 +44,7 @@ class Judge:
             return replace(chosen, report={**chosen.report, "refinement": measured}), found
         widths = self._widths(found.bits)
         objective, bound = self.search.objective.total(widths), chosen.report["bound"]
-        sums = summarize(self.search.scope, widths, self.search.profile.rest_bytes, self.budgets)
+        sums = summarize(self.search.scope, widths, self.search.whole, self.budgets)
         sums |= {"objective": objective, "gap": (objective - bound) / max(abs(objective), 1e-12)}
         sums |= {"status": "refined by measuring", "shadow_prices": []}
         plan = _with_bits(chosen.plan, found.bits)

@@ -1,0 +1,126 @@
+"""Files to be timed before anything is calibrated: the whole model at one activation width, and each of its layers alone.
+
+They are lowered and finished by the code that writes real files, so they have the same ops; only their numbers are made up, and time does
+not depend on those. Weights are at 8 bits: however they are stored, onnxruntime unfolds them to int8 when it makes a session, so that
+their width is gone before the first run. An activation below 8 bits costs a Clip; a softmax is taken to need its Clip too.
+
+Leaves out: verification, and anything about accuracy.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from vitq.affine import QParams, QuantizedWeight, highest_code
+from vitq.artifacts import BitPlan, Bits, Layer, LayerBits, ModelSpec
+from vitq.checkpoint import Checkpoint
+from vitq.export.finish import finish_file
+from vitq.export.lowering import lower
+from vitq.export.trace import DOMAIN, IR_VERSION, OPSET, trace_graph
+from vitq.graph import Graph
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """One layer as a file of its own, and the names of all layers that are like it.
+
+    `shapes` are those of its inputs for one image; their first axis grows with the batch.
+    """
+
+    layers: tuple[str, ...]
+    content: bytes
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def timing_files(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> tuple[bytes, list[LayerFile]]:
+    """The whole model, 8-bit weights and activations of a width, and a file for each kind of layer in it: of equal ops and shapes.
+
+    Args:
+        graph: the graph as it is exported, LayerNorms folded.
+        spec: its model.
+        activation_bits: of every layer.
+
+    Raises:
+        InputError: torch.onnx cannot express some op of the graph.
+    """
+    checkpoint = made_up(graph, spec, activation_bits)
+    model = trace_graph(graph)
+    layers = {layer.name: layer for layer in graph.layers}
+    kinds: dict[Any, list[str]] = {}
+    alone: dict[Any, ir.Model] = {}
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            layer = layers[node.attributes["layer"].as_string()]
+            kind = _kind(layer, node)
+            kinds.setdefault(kind, []).append(layer.name)
+            if kind not in alone:
+                alone[kind] = _alone(layer, node)
+    files = [
+        LayerFile(tuple(names), _finished(alone[kind], checkpoint), tuple(operand.shape for operand in layers[names[0]].activations))
+        for kind, names in kinds.items()
+    ]
+    return _finished(model, checkpoint), files
+
+
+def nothing() -> bytes:
+    """A file that hands one number through: what a run costs beside its ops."""
+    given, returned = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y"))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "nothing", [given], [returned])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return model.SerializeToString()
+
+
+def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> Checkpoint:
+    """A checkpoint whose weights are 8-bit noise and whose activations span [-4, 4], or most of what a softmax gives."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in graph.layers:
+        if layer.has_weight:
+            codes = torch.randint(64, 193, layer.operands[1].shape, generator=generator).to(torch.uint8)
+            scale = torch.full((layer.channels,), 1 / (64 * (layer.parameters / layer.channels) ** 0.5))
+            weights[layer.name] = QuantizedWeight(codes, scale, torch.full((layer.channels,), 128, dtype=torch.uint8), 8)
+    highest = highest_code(activation_bits)
+    plain, softmax = (float(torch.tensor(width / highest)) for width in (8.0, 0.9))
+    activations = {
+        operand.tensor: QParams(softmax, 0, activation_bits)
+        if operand.role == "post_softmax"
+        else QParams(plain, 2 ** (activation_bits - 1), activation_bits)
+        for layer in graph.layers
+        for operand in layer.activations
+    }
+    entries = [
+        LayerBits(name=layer.name, type=layer.type, weight_bits=8 if layer.has_weight else None, activation_bits=activation_bits)
+        for layer in graph.layers
+    ]
+    return Checkpoint(graph, BitPlan(model=spec, layers=tuple(entries)), weights, activations)
+
+
+def _kind(layer: Layer, node: ir.Node) -> Any:
+    """What equal layers have in common: op, shapes, settings of a convolution, a bias or none."""
+    settings = {name: str(attribute.value) for name, attribute in node.attributes.items() if name != "layer"}
+    return layer.op, tuple(operand.shape for operand in layer.operands), tuple(sorted(settings.items())), len(node.inputs)
+
+
+def _alone(layer: Layer, node: ir.Node) -> ir.Model:
+    """A model of one node that is still to be lowered; its bias is zero."""
+    inputs = [
+        ir.Value(name=f"x{at}", shape=ir.Shape(["batch", *operand.shape[1:]]), type=ir.TensorType(ir.DataType.FLOAT))
+        for at, operand in enumerate(layer.activations)
+    ]
+    biases = []
+    if any(value is not None for value in node.inputs[len(inputs) :]):
+        zeros = ir.tensor(torch.zeros(layer.channels).numpy())
+        biases = [ir.Value(name="bias", shape=ir.Shape([layer.channels]), type=ir.TensorType(ir.DataType.FLOAT), const_value=zeros)]
+    rank = len(node.outputs[0].shape or ())
+    output = ir.Value(name="y", shape=ir.Shape([None] * rank), type=ir.TensorType(ir.DataType.FLOAT))
+    copied = ir.Node(DOMAIN, node.op_type, [*inputs, *biases], node.attributes.values(), outputs=[output])
+    graph = ir.Graph(inputs, [output], nodes=[copied], initializers=biases, opset_imports={"": OPSET, DOMAIN: 1})
+    return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def _finished(model: ir.Model, checkpoint: Checkpoint) -> bytes:
+    layers = lower(model, checkpoint, "fast")
+    return finish_file(model, layers, checkpoint).SerializeToString()
