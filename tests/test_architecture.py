@@ -26,7 +26,7 @@ FLOORS = (
     ("models", "graph", "quantizers"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
-    ("checkpoint", "evaluate"),
+    ("checkpoint", "evaluate", "fitting"),
     ("importance", "allocation", "calibration", "export"),
     ("trials", "bench", "doctor", "finetune", "synthesize"),
     ("report",),

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitq.affine import QParams, choose_qparams, highest_code, quantize_dequantize, quantize_weight, weight_qparams
 from vitq.errors import InputError
 from vitq.graph import values_at
-from vitq.ranges import BINS, Histogram, _add, activation_qparams, channel_ranges, fold, histograms, relative_error, weight_ranges
+from vitq.ranges import BINS, Histogram, activation_qparams, add, channel_ranges, fold, histograms, relative_error, weight_ranges
 from vitq.rewrites import foldable_norms, rewrite
 
 WIDTHS = range(2, 9)
@@ -40,7 +40,7 @@ SAMPLES = {
 def histogram_of(x: Tensor, batches: int = 5) -> Histogram:
     histogram = None
     for part in x.tensor_split(batches):
-        histogram = _add(histogram, part)
+        histogram = add(histogram, part)
     assert histogram is not None
     return histogram
 
@@ -62,7 +62,7 @@ def test_histograms_count_what_numpy_counts(batches: list[tuple[float, float, in
     parts = [shift + scale * torch.randn(count, generator=generator) for shift, scale, count in batches]
     histogram = None
     for part in parts:
-        histogram = _add(histogram, part)
+        histogram = add(histogram, part)
     assert histogram is not None
     x = torch.cat(parts).double().numpy()
     assert histogram.counts.shape == (BINS,)
@@ -79,9 +79,9 @@ def test_histograms_count_what_numpy_counts(batches: list[tuple[float, float, in
 
 
 def test_a_range_grows_by_doubling_and_merges_neighbours():
-    first = _add(None, torch.tensor([0.0, 1.0, 0.5]))
+    first = add(None, torch.tensor([0.0, 1.0, 0.5]))
     assert (first.low, first.high) == (0.0, pytest.approx(1.0, abs=2e-3))
-    second = _add(first, torch.tensor([-0.5, 2.9]))
+    second = add(first, torch.tensor([-0.5, 2.9]))
     assert (second.low, second.high) == (pytest.approx(-1.0, abs=2e-3), pytest.approx(3.0, abs=6e-3))
     counted = {float(centers(second)[index]): int(second.counts[index]) for index in second.counts.nonzero().flatten()}
     assert sum(counted.values()) == 5
@@ -91,16 +91,16 @@ def test_a_range_grows_by_doubling_and_merges_neighbours():
 
 @pytest.mark.parametrize("constant", [0.0, 1e-30, 5.0, -20_000.0, 3e7])
 def test_a_constant_first_batch_is_no_dead_end(constant: float):
-    histogram = _add(_add(None, torch.full((50,), constant)), torch.tensor([constant + 1e-3 * abs(constant), -1.0, 1.0, constant]))
+    histogram = add(add(None, torch.full((50,), constant)), torch.tensor([constant + 1e-3 * abs(constant), -1.0, 1.0, constant]))
     assert float(histogram.counts.sum()) == 54
-    alone = activation_qparams(_add(None, torch.full((50,), constant)), 8)
+    alone = activation_qparams(add(None, torch.full((50,), constant)), 8)
     assert squared_error(torch.tensor([constant]), alone.scale, alone.zero_point, 8) <= (1e-2 * constant) ** 2 + 1e-20
 
 
 def test_samples_do_not_fall_in_step_with_the_channels():
     x = torch.zeros(8_400, 36)  # three times as many values as are counted, and three divides the channels
     x[:, ::3] = 1.0  # a third of the channels
-    histogram = _add(None, x)
+    histogram = add(None, x)
     counts = histogram.counts / histogram.counts.sum()
     assert float(histogram.counts.sum()) < x.numel() / 3 + 1
     assert float(counts[BINS // 2 :].sum()) == pytest.approx(1 / 3, abs=0.01)
@@ -109,21 +109,21 @@ def test_samples_do_not_fall_in_step_with_the_channels():
 def test_the_extremes_are_found_however_many_values_there_are():
     x = torch.zeros(400_001)
     x[77_777], x[300_001] = -3.0, 5.0
-    histogram = _add(None, x)
+    histogram = add(None, x)
     assert -3.01 < histogram.low <= -3.0 and 5.0 <= histogram.high < 5.01
 
 
 def test_a_batch_that_reaches_as_far_but_for_rounding_does_not_double_the_range():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    first = _add(None, x)
-    second = _add(first, x * (1 + 3e-7))
+    first = add(None, x)
+    second = add(first, x * (1 + 3e-7))
     assert (second.low, second.high) == (first.low, first.high)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_an_error(value: float):
     with pytest.raises(InputError, match="an activation is not finite"):
-        _add(None, torch.tensor([0.0, value]))
+        add(None, torch.tensor([0.0, value]))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -160,7 +160,7 @@ def test_more_bits_have_less_error(sample: str):
 
 
 def test_a_tensor_of_zeros_has_a_scale():
-    assert activation_qparams(_add(None, torch.zeros(10)), 4).scale > 0
+    assert activation_qparams(add(None, torch.zeros(10)), 4).scale > 0
     assert activation_qparams(histogram_of(torch.zeros(10)), 4).zero_point == 0
 
 

@@ -35,7 +35,10 @@ _CACHED = 400_000  # numbers that a processor's cache holds
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values fell into `counts.numel()` equal bins over [low, high]; counts is float64, on the CPU."""
+    """How often values fell into `counts.numel()` equal bins over [low, high]; counts is float64, on the CPU.
+
+    Where values were added with weights, counts holds the sums of their weights: whatever is fitted then weighs errors so.
+    """
 
     low: float
     high: float
@@ -46,11 +49,21 @@ class Histogram:
         """The width of a bin."""
         return (self.high - self.low) / self.counts.numel()
 
+    @property
+    def occupied(self) -> tuple[float, float]:
+        """Where the lowest bin that holds something begins, and where the highest ends; (0, 0) where none does."""
+        bins = self.counts.nonzero().flatten()
+        return (self.low + self.width * int(bins[0]), self.low + self.width * (int(bins[-1]) + 1)) if len(bins) else (0.0, 0.0)
+
+    @property
+    def centers(self) -> Tensor:
+        """The middle of each bin, float64."""
+        return self.low + self.width * (torch.arange(self.counts.numel(), dtype=torch.float64) + 0.5)
+
     @cached_property
     def sums(self) -> Tensor:
         """Counts, values and squares of all bins below each edge, a value taken as its bin's middle: float64 (3, 1 + bins)."""
-        centers = self.low + self.width * (torch.arange(self.counts.numel(), dtype=torch.float64) + 0.5)
-        powers = torch.stack([self.counts, self.counts * centers, self.counts * centers.square()])
+        powers = torch.stack([self.counts, self.counts * self.centers, self.counts * self.centers.square()])
         return torch.nn.functional.pad(powers.cumsum(1), (1, 0))
 
 
@@ -109,7 +122,7 @@ def histograms(graph: Graph, batches: Batches) -> dict[str, Histogram]:
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
             for operand, value in zip(layer.activations, arguments, strict=False):
                 if first_reader[operand.tensor] == layer.name:
-                    found[operand.tensor] = _add(found.get(operand.tensor), value)
+                    found[operand.tensor] = add(found.get(operand.tensor), value)
             return compute(*arguments)
 
         return intercept
@@ -118,11 +131,39 @@ def histograms(graph: Graph, batches: Batches) -> dict[str, Histogram]:
     return found
 
 
+def add(histogram: Histogram | None, value: Tensor, weight: Tensor | None = None) -> Histogram:
+    """A histogram with the values of a tensor added, to None as to an empty one; a large tensor is sampled evenly, its extremes are covered.
+
+    Args:
+        histogram: what was found so far.
+        value: float32, any shape.
+        weight: how much each value counts, not negative, of value's shape: 1 without it.
+    """
+    low, high = (float(end) for end in value.aminmax())
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise InputError("an activation is not finite for these images; look for damaged weights or images")
+    if histogram is None:
+        margin = _MARGIN * max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)  # a constant still needs bins of some width
+        ends = low - margin * (low != 0), high + margin * (high != 0 or low == 0)
+        histogram = Histogram(*ends, torch.zeros(BINS, dtype=torch.float64))
+    while low < histogram.low or high > histogram.high:
+        histogram = _doubled(histogram, downwards=low < histogram.low)
+    values = value.flatten()
+    step = max(values.numel() // _SAMPLES, 1)
+    while math.gcd(step, values.numel()) > 1:  # no common factor: it does not fall in step with the channels
+        step += 1
+    values = values[::step].float() if step > 1 else values.float()
+    if weight is None:
+        counts = torch.histc(values, bins=BINS, min=histogram.low, max=histogram.high)
+    else:
+        bins = ((values - histogram.low) / histogram.width).long().clamp_(0, BINS - 1)
+        counts = torch.bincount(bins, weight.flatten()[::step].double(), minlength=BINS)
+    return Histogram(histogram.low, histogram.high, histogram.counts + counts.double().cpu())
+
+
 def activation_qparams(histogram: Histogram, bits: int) -> QParams:
     """Scale and zero point with the least squared error over the histogram, among ranges inside [low, high] that hold 0."""
-    occupied = histogram.counts.nonzero().flatten()
-    low = min(histogram.low + histogram.width * int(occupied[0]), 0.0)
-    high = max(histogram.low + histogram.width * (int(occupied[-1]) + 1), 0.0)
+    low, high = min(histogram.occupied[0], 0.0), max(histogram.occupied[1], 0.0)
     if high - low <= 0:
         return QParams(1.0, 0, bits)
 
@@ -191,24 +232,6 @@ def _search(low: float, high: float, error: Callable[[Tensor, Tensor], Tensor]) 
         lows = (best_low * around).clamp(min=low) if low < 0 else lows
         highs = (best_high * around).clamp(max=high) if high > 0 else highs
     return best_low, best_high
-
-
-def _add(histogram: Histogram | None, value: Tensor) -> Histogram:
-    low, high = (float(end) for end in value.aminmax())
-    if not (abs(low) < float("inf") and abs(high) < float("inf")):
-        raise InputError("an activation is not finite for these images; look for damaged weights or images")
-    if histogram is None:
-        margin = _MARGIN * max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)  # a constant still needs bins of some width
-        ends = low - margin * (low != 0), high + margin * (high != 0 or low == 0)
-        histogram = Histogram(*ends, torch.zeros(BINS, dtype=torch.float64))
-    while low < histogram.low or high > histogram.high:
-        histogram = _doubled(histogram, downwards=low < histogram.low)
-    values = value.flatten()
-    step = max(values.numel() // _SAMPLES, 1)
-    while math.gcd(step, values.numel()) > 1:  # no common factor: it does not fall in step with the channels
-        step += 1
-    counts = torch.histc(values[::step].float() if step > 1 else values.float(), bins=BINS, min=histogram.low, max=histogram.high)
-    return Histogram(histogram.low, histogram.high, histogram.counts + counts.double().cpu())
 
 
 def _doubled(histogram: Histogram, downwards: bool) -> Histogram:

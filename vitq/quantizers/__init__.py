@@ -5,7 +5,7 @@ A quantizer is a frozen value: the parameters of a map from numbers to codes 0..
     codes = clip(round(compand(x)), 0, 2^bits - 1)        x^ = expand(codes)
 
 so that b bits never stand for more than 2^b values, which several papers' own code does not keep to. Parameters are plain numbers and
-go to JSON and back. Fitting them to what a tensor holds is in `vitq.fits`.
+go to JSON and back. Fitting them to what a tensor holds is in `vitq.fitting`.
 """
 
 from collections.abc import Mapping
