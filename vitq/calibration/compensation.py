@@ -1,0 +1,55 @@
+"""Rounds a linear's weights column by column; those still to come make up for each rounding error: GPTQ (Frantar et al., ICLR 2023).
+
+What is to be small is the error of the output, |(W - W^) X|^2 = sum over rows of e S e^T, with S the second moment of the inputs that
+the quantized network gives the layer. With H = S + lambda I, and H^-1 = U^T U for an upper triangular U (Cholesky), for column i
+
+    e_i = (w_i - Q(w_i)) / U_ii        w_j <- w_j - e_i U_ij        for all j > i
+
+which is, column by column, the best that float weights to the right can do (Optimal Brain Surgeon). A large lambda trusts S less, down
+to rounding to nearest. Columns are taken in blocks: those to the right of a block are updated once for all of it.
+Differs from the paper: columns go in the order of falling input power, as in the authors' later code; lambda is a ridge of any size,
+as in ERQ (Zhong et al., ICML 2024); the scales are given and fixed.
+"""
+
+import torch
+from torch import Tensor
+
+from vitq.affine import QuantizedWeight, quantize_weight
+from vitq.calibration.inputs import ridged
+
+_BLOCK = 128  # columns
+
+
+def compensated(
+    weight: Tensor, second_moment: Tensor, scale: Tensor, zero_point: Tensor, bits: int, ridge: float = 0.01
+) -> QuantizedWeight:
+    """The codes of a linear's weight whose output errors are made up for within each row.
+
+    Args:
+        weight: (O, I) float32.
+        second_moment: of the inputs that the layer reads, (I, I) (`InputMoments.quantized_covariance`).
+        scale: (O,) float32.
+        zero_point: (O,).
+        bits: 2 to 8.
+        ridge: lambda, in units of the inputs' mean square.
+    """
+    order = second_moment.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(ridged(second_moment, ridge)[order][:, order])
+    columns = weight.T.double()[order]  # (I, O): a column of the weight is a row here
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
+    for first in range(0, len(columns), _BLOCK):
+        last = min(first + _BLOCK, len(columns))
+        errors = columns.new_zeros(last - first, columns.shape[1])
+        for i in range(first, last):
+            rounded = quantize_weight(columns[i].float(), scale, zero_point, bits)
+            codes[i] = rounded.codes
+            errors[i - first] = (columns[i] - rounded.dequantize()) / factor[i, i]
+            columns[i + 1 : last] -= torch.outer(factor[i, i + 1 : last], errors[i - first])
+        columns[last:] -= factor[first:last, last:].T @ errors
+    return QuantizedWeight(codes[order.argsort()].T.contiguous(), scale, zero_point.to(torch.uint8), bits)
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor:
+    """The upper triangular U with U^T U the inverse of a positive definite matrix."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True)
