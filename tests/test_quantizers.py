@@ -40,12 +40,12 @@ each_kind = pytest.mark.parametrize("name", EXAMPLES)
 
 
 def dense(quantizer: Quantizer) -> torch.Tensor:
-    """Values (N, CHANNELS), rising, that reach every code: linear and geometric, both signs, a few steps beyond the last."""
-    reach = 2 * float(quantizer.dequantize(torch.arange(2.0**quantizer.bits)[:, None].expand(-1, CHANNELS)).abs().max()) + 1.0
+    """Values (N, CHANNELS), rising, that reach every code: linear and geometric, both signs, steps beyond the last, and the codes' own."""
+    own = quantizer.dequantize(torch.arange(2.0**quantizer.bits)[:, None].expand(-1, CHANNELS)).flatten()
+    reach = 2 * float(own.abs().max()) + 1.0
     geometric = reach * torch.logspace(-9, 0, 3001)
-    return (
-        torch.cat([torch.linspace(-reach, reach, 3001), geometric, -geometric, torch.zeros(1)]).sort().values[:, None].repeat(1, CHANNELS)
-    )
+    parts = [torch.linspace(-reach, reach, 3001), geometric, -geometric, torch.zeros(1), own]
+    return torch.cat(parts).sort().values[:, None].repeat(1, CHANNELS)
 
 
 def test_every_quantizer_is_tested():
@@ -238,3 +238,14 @@ def test_uniform_is_the_affine_quantizer(scale: float, zero_point: int, x: np.nd
     expected = quantize_dequantize(torch.from_numpy(x), scale, zero_point, 4)
     assert torch.equal(Uniform(scale, zero_point, 4).quantize_dequantize(torch.from_numpy(x)), expected)
     assert torch.equal(PowerOfTwoFactor(scale, zero_point, 4, (0, 0, 0)).quantize_dequantize(torch.from_numpy(x)), expected)
+
+
+@pytest.mark.parametrize(("smallest", "shift", "bits"), [(2.0**-24, 1.0, 4), (2.0**-149, 0.0, 6)])
+def test_powers_that_float32_cannot_hold_are_zero(smallest: float, shift: float, bits: int):
+    """Two powers of 0.515 and 1.911 times the smallest number: the first would be rounded to 1, and that be nearer to the second."""
+    code = 2**bits - 3
+    scale = float(np.float32(1.911 * smallest * 2 ** (code * 70 / 37)))
+    quantizer = AdaLog(scale, 70, bits, shift)
+    own = quantizer.dequantize(torch.arange(2.0**bits))
+    assert torch.equal(quantizer.quantize_dequantize(own), own)
+    assert own[-2:].tolist() == [-shift, -shift]
