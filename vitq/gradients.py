@@ -8,7 +8,13 @@ Classifiers: the loss is KL(float || quantized) of the softmax, and H the Fisher
 
     v = sum_k e_k sqrt(p_k) grad log p_k,        E[v v^T] = sum_k p_k grad log p_k grad log p_k^T = H,
 
-to which every class contributes, where one sampled label would leave most images of a confident model without a gradient.
+to which every class contributes, where one sampled label would leave most images of a confident model without a gradient. The signs e may
+be turned by any orthogonal matrix Q. The one that is taken makes the terms of v orthogonal to each other: its columns are eigenvectors of
+the Gram matrix of the vectors sqrt(p_k) grad log p_k, the likeliest ones, and
+
+    (g . d)^2 = sum_j (a_j . J d)^2 + (products of different a_j, of random sign),        a_j orthogonal, sum_j a_j a_j^T = H
+
+has noise only in the products: none where two classes compete, which is where most of the loss is made.
 Other networks: the loss is half the squared relative error of the output, H = I / |z|^2 and v = e / |z|.
 """
 
@@ -29,11 +35,27 @@ Probe = Callable[[Tensor, torch.Generator], Tensor]
 """From the output (B, ...) and a source of randomness to one scalar an image (B,)."""
 
 
+_LIKELIEST = 32  # classes whose terms are made orthogonal; beyond, little probability is left
+
+
 def fisher_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The probe of a classifier's logits (B, K): sum_k e_k sqrt(p_k) log p_k, p_k held constant."""
+    """The probe of a classifier's logits (B, ..., K): sum_k (Q e)_k sqrt(p_k) log p_k, p_k and Q held constant."""
     log_p = logits.float().log_softmax(-1)
-    weights = log_p.detach().exp().sqrt() * _signs(logits, generator)
-    return (weights * log_p).flatten(1).sum(1)
+    p = log_p.detach().exp()
+    return (p.sqrt() * _turned(_signs(logits, generator), p) * log_p).flatten(1).sum(1)
+
+
+def _turned(signs: Tensor, p: Tensor) -> Tensor:
+    """Q e (..., K), with Q as in the module's equations for the `_LIKELIEST` classes and the identity for the others."""
+    likeliest = p.topk(min(_LIKELIEST, p.shape[-1]), sorted=True).indices
+    some = p.double().gather(-1, likeliest)
+    root = some.sqrt()
+    overlap = torch.diag_embed(torch.ones_like(some)) - some[..., None] - some[..., None, :] + p.double().square().sum(-1)[..., None, None]
+    _, axes = torch.linalg.eigh(root[..., None] * overlap * root[..., None, :])
+    largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
+    axes = axes * largest.sign()  # an eigenvector's sign is the solver's choice
+    turned = (axes @ signs.double().gather(-1, likeliest)[..., None])[..., 0]
+    return signs.scatter(-1, likeliest, turned.to(signs))
 
 
 def error_probe(output: Tensor, generator: torch.Generator) -> Tensor:

@@ -132,7 +132,7 @@ def histograms(graph: Graph, batches: Batches) -> dict[str, Histogram]:
 
 
 def add(histogram: Histogram | None, value: Tensor, weight: Tensor | None = None) -> Histogram:
-    """A histogram with the values of a tensor added, to None as to an empty one; a large tensor is sampled evenly, its extremes are covered.
+    """A histogram with the values of a tensor added, to None as to an empty one; a large tensor is sampled, its extremes are covered.
 
     Args:
         histogram: what was found so far.
