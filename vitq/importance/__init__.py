@@ -10,6 +10,7 @@ from vitq.errors import UsageError
 from vitq.graph import Graph
 from vitq.images import Images
 from vitq.importance.controls import random, uniform
+from vitq.importance.fisher_trace import fisher_trace
 from vitq.importance.hawq_v2 import hawq_v2
 from vitq.importance.lampq import lampq
 from vitq.importance.lrp import lrp
@@ -32,6 +33,7 @@ METRICS: dict[str, Callable[[Subject], CostTable]] = {
     "lrp": lrp,
     "mix-qvit": mix_qvit,
     "lampq": lampq,
+    "fisher-trace": fisher_trace,
     "hawq-v2": hawq_v2,
     "sqnr": sqnr,
     "weight-mse": weight_mse,
