@@ -9,8 +9,8 @@ replaced by onnxruntime's. Every layer is thus judged on the same input:
 3. the graph's output, from the float ops behind the last layers, must be onnxruntime's.
 
 This is done twice: with outputs visible, and with codes alone, where onnxruntime is free to fuse an output with the next codes, and 1
-and 3 are judged on the outputs that 2 computes. Last, the file as it is: its outputs may differ from the fake-quantized model's, whose
-codes part from them at ties, by no more than quantizing the activations changes them.
+and 3 are judged on the outputs that 2 computes. Last, the file as it is: its outputs must lie as close to the fake-quantized model's
+as two runs do that part at a tie.
 
 Leaves out: accuracy; see evaluate.
 """
@@ -43,6 +43,8 @@ ROUNDING = 1e-5
 """What float32 may add to a layer's output, of its largest sum of products; a float kernel's long sums cancel to some 1e-6."""
 IMAGES = 4
 """Images on which every layer is compared; the output is compared on all."""
+PARTED = 1.5
+"""How many times quantization's own error the output may differ: two independent errors of one size are sqrt(2) of it apart."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def verify_file(model: onnx.ModelProto, layers: Sequence[LoweredLayer], checkpoi
         size += float(expected.double().square().sum())
     if images == 0:
         raise InputError("there are no images to verify the file on; give some with --images")
-    if not error**0.5 <= quantization_error**0.5 + ROUNDING * size**0.5:
+    if not error**0.5 <= PARTED * quantization_error**0.5 + ROUNDING * size**0.5:
         raise VerificationError(
-            f"the file's output differs from the fake-quantized model's by {error**0.5:.3g}, more than quantization itself "
-            f"changes it ({quantization_error**0.5:.3g}), although every layer agrees. {_REPORT}"
+            f"the file's output differs from the fake-quantized model's by {error**0.5:.3g}, more than {PARTED} times what quantization "
+            f"itself changes ({quantization_error**0.5:.3g}), although every layer agrees. {_REPORT}"
         )
     return Agreement(100 * agreeing / images, sum(c.mismatched for c in comparisons) / max(sum(c.compared for c in comparisons), 1))
 
