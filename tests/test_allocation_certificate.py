@@ -160,3 +160,30 @@ def test_the_plan_file_is_the_same_whatever_the_order_of_the_profile(tmp_path: P
         save(which, tmp_path / name / "profile.json")
         assert vitq("allocate", "--budget", "3.5", "--budget", "like=4", "--run-dir", name, folder=tmp_path).code == 0
     assert (tmp_path / "a" / "plan.json").read_bytes() == (tmp_path / "b" / "plan.json").read_bytes()
+
+
+def test_the_expected_loss_is_what_each_halfs_plan_costs_by_the_other():
+    """By brute force over all plans of four layers at two widths."""
+    layers = tuple(make_layer(f"layer{index}", "fc1", 100, 100, [f"x{index}"]) for index in range(4))
+    source = random.Random(3)
+
+    def table(**more) -> CostTable:
+        costs = {layer.name: (2 + source.random(), source.random()) for layer in layers}
+        return CostTable(unit="nats", bits=(2, 4), tied=costs, weight=costs, activation=costs, **more)
+
+    halves = (table(), table())
+    mean = {name: tuple(sum(pair) / 2 for pair in zip(costs, halves[1].tied[name], strict=True)) for name, costs in halves[0].tied.items()}
+    whole = CostTable(unit="nats", bits=(2, 4), tied=mean, weight=mean, activation=mean, halves=halves)
+    plans = [plan for plan in itertools.product((0, 1), repeat=4) if sum(plan) <= 2]  # 3.0 bits on average
+
+    def cost(prices: CostTable, plan: tuple[int, ...]) -> float:
+        return sum(prices.tied[layer.name][at] for layer, at in zip(layers, plan, strict=True))
+
+    best = [min(plans, key=lambda plan, half=half: cost(half, plan)) for half in halves]
+    expected = (cost(halves[1], best[0]) + cost(halves[0], best[1])) / 2
+    found = allocate(make_profile(layers, whole), ["3.0"]).report
+    assert found["predicted"] == pytest.approx(expected) and best[0] != best[1]
+    assert found["predicted"] > found["objective"] == pytest.approx(min(cost(whole, plan) for plan in plans))
+    alone = whole.model_copy(update={"halves": ()})
+    assert allocate(make_profile(layers, alone), ["3.0"]).report["predicted"] == found["objective"]
+    assert allocate(make_profile(layers, whole), uniform="4").report["predicted"] == pytest.approx(cost(whole, (1, 1, 1, 1)))

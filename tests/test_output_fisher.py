@@ -443,3 +443,12 @@ def test_negligible_products_change_costs_little(monkeypatch: pytest.MonkeyPatch
     assert 0 < np.sqrt(np.mean(np.square(np.log(ratios)))) < 0.1 and min(ratios) > 0.5 and max(ratios) < 2
     unchanged = [sum(exact.tied[name][index] == quick.tied[name][index] for name in exact.tied) for index in (0, -1)]
     assert unchanged[0] > 0.8 * len(exact.tied) and unchanged[1] == 0  # nearly nothing is left out at 2 bits, everything at 8
+
+
+def test_halves_are_what_either_half_of_the_images_costs(mixed: Case):
+    """Every other image alone, gains from all; their means are the whole. Sums over the widths, which isotonic regression leaves alone."""
+    whole = price(mixed.graph, mixed.histograms, [(mixed.batch, None)], (2, 4), fisher_probe)
+    first, second = whole.halves
+    for layer, costs in whole.tied.items():
+        assert sum(costs) == pytest.approx((sum(first.tied[layer]) + sum(second.tied[layer])) / 2, rel=1e-3), layer
+    assert first.tied != second.tied and not first.halves

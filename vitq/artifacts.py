@@ -89,7 +89,8 @@ class CostTable(Value):
     operands all have the width; `weight` and `activation` price its weight or its inputs alone; `cross`, where given, is what a
     (weight width, activation width) pair costs beyond the two, a row a weight width. `unit` is "nats" (per image: promises to
     predict the KL divergence), "accuracy" (points) or "relative" (only ranks). `importance`, of a metric that has one number a layer, is
-    that number; its costs are then made of it and the width. `pairs` are terms between layers, for the objective `pairwise`.
+    that number; its costs are then made of it and the width. `pairs` are terms between layers, for the objective `pairwise`. `halves`,
+    where given, are the same costs from either half of the images alone: a plan chosen by one can be priced by the other.
     """
 
     unit: Literal["nats", "accuracy", "relative"]
@@ -100,6 +101,7 @@ class CostTable(Value):
     cross: dict[str, tuple[tuple[float, ...], ...]] = {}
     importance: dict[str, float] = {}
     pairs: tuple[PairCost, ...] = ()
+    halves: tuple["CostTable", ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> "CostTable":
@@ -109,6 +111,11 @@ class CostTable(Value):
             for layer, costs in table.items():
                 if len(costs) != len(self.bits):
                     raise ValueError(f"{kind} costs of layer {layer}: {len(costs)} values for {len(self.bits)} widths")
+        for half in self.halves:
+            if half.bits != self.bits or any(
+                set(getattr(half, kind)) != set(getattr(self, kind)) for kind in ("tied", "weight", "activation")
+            ):
+                raise ValueError("a half of the images has other layers or widths than the whole")
         for layer, rows in self.cross.items():
             if [len(row) for row in rows] != [len(self.bits)] * len(self.bits):
                 raise ValueError(f"cross costs of layer {layer}: they are no table of {len(self.bits)} x {len(self.bits)} widths")

@@ -5,6 +5,7 @@ A metric's costs are all that is known about the model here. Left out: measuring
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ class Allocation:
 
     plan: BitPlan
     report: dict[str, Any]
+
+
+_HALVES_GAP = 1e-3  # of the plans that half of the images choose: they are only priced
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ def allocate(
 
     Returns:
         The plan, its layers sorted by name (blocks.2 before blocks.10), and the report. `objective`, `bound` are in the unit of the table.
+        `predicted` is what the plan can be expected to cost on other images, where the table has halves: what one half's plan costs by
+        the other's prices; else the objective, which is too low by the luck that the plan was chosen for.
         Of several plans that cost the least, the one that has more bits where they first differ (`allocation.ties`).
 
     Raises:
@@ -148,7 +154,7 @@ def allocate(
     if uniform is not None:
         widths = search.scope.uniform(*parse_widths(uniform, "--uniform"))
         value = search.objective.total(widths)
-        solution, prices = Solution((), value, value, "uniform", 0.0), []
+        solution, prices, predicted = Solution((), value, value, "uniform", 0.0), [], value
     else:
         limits = search.limits(budgets)
         solution = search.solve(limits, gap)
@@ -157,11 +163,13 @@ def allocate(
         widths = search.widths(solution)
         priced = list(zip(limits, solution.prices, strict=True))
         prices = shadow_prices(search.scope, widths, priced, search.objective, search.candidates, bits_apart, search.unit)
+        predicted = _elsewhere(search, wishes, budgets, limits)
     certificate = {
         "objective": solution.objective,
         "bound": solution.bound,
         "gap": (solution.objective - solution.bound) / max(abs(solution.objective), 1e-12),
         "status": solution.status,
+        "predicted": solution.objective if predicted is None else predicted,
         "shadow_prices": prices,
     }
     summary = summarize(search.scope, widths, search.whole, budgets) | certificate
@@ -170,6 +178,21 @@ def allocate(
     asked |= {"gamma": search.gamma} if search.objective_name == "gamma" else {}
     asked |= {"preset": preset} if preset is not None else {}
     return Allocation(_plan(profile, search.scope, widths, summary, asked), summary | {"solve_seconds": solution.seconds})
+
+
+def _elsewhere(search: Search, wishes: Wishes, budgets: Sequence[str], limits: Sequence[Budget]) -> float | None:
+    """The mean cost, by the prices of one half of the images, of the plan that the other half chooses; None without halves."""
+    table = search.profile.costs[search.metric]
+    costs = []
+    for chosen, judge in permutations(table.halves, 2) if search.objective_name == "sum" else ():
+        profile = search.profile.model_copy(update={"costs": search.profile.costs | {search.metric: chosen}})
+        here = lay_out(profile, wishes, budgets, latencies=search.latencies)
+        solution = here.solve(limits, _HALVES_GAP)
+        if solution is None:
+            return None
+        prices = OBJECTIVES[search.objective_name](judge, search.bits_apart, search.gamma)
+        costs.append(prices.total(here.widths(solution)))
+    return sum(costs) / len(costs) if costs else None
 
 
 def lay_out(

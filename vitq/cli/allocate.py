@@ -199,7 +199,8 @@ def _lines(report: dict[str, Any], unit: str) -> list[str]:
         f"size          {in_units(report['size_bytes'], 'B')}, {size}",
         f"BitOps        {in_units(report['bops'], '')}, {bops}",
         *([f"latency       {report['latency_ms']:.4g} ms predicted"] if "latency_ms" in report else []),
-        f"loss          +{report['objective']:.4g} predicted ({nats}), gap {report['gap']:.2g}, {report['status']}",
+        f"loss          +{report['objective']:.4g} by the profile's images, +{report['predicted']:.4g} expected on others ({nats})",
+        f"optimality    gap {report['gap']:.2g}, {report['status']}",
         *(f"{'price':<14}{price['quantity']}: {price['text']}" for price in report["shadow_prices"]),
     ]
 

@@ -16,6 +16,9 @@ weight, and one product a width (where the input's error is not negligible) all 
 Calibration restores the mean and the spread of every channel (calibration/matching.py). So the mean over the batch is taken out of X and
 X^, and with y the layer's output, y^ the quantized one and one gain for all its channels, d = gain y^ - y: u is linear in the gain, so
 that its second moments are summed first and the gain is put in at the end.
+
+A plan that is chosen by these costs gathers layers that chance has made look cheap. So the images' two halves, every other image, are
+priced apart too: what one half's plan costs by the other's prices is what the chosen plan can be expected to cost (allocation).
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +58,7 @@ def output_fisher(subject: Subject) -> CostTable:
     moments = {layer.name: _Moments.zeros(len(subject.bits)) for layer in graph.layers}
     together = PairMoments(graph, len(subject.bits)) if subject.options.pairs else None
     generator = torch.Generator().manual_seed(subject.seed)
-    count = 0
+    counts = np.zeros(2, dtype=int)
     for images, _ in subject.batches:
 
         def price(traced: LayerTrace, count: int = len(images)) -> None:
@@ -68,12 +71,16 @@ def output_fisher(subject: Subject) -> CostTable:
         trace(graph, images, subject.probe, generator, price)
         if together is not None:
             together.end_batch()
-        count += len(images)
-    table = _table(graph, {name: found.costs() / max(count, 1) for name, found in moments.items()}, subject.bits)
+        counts += [-(-len(images) // 2), len(images) // 2]
+    totals = {name: found.costs() for name, found in moments.items()}
+    table = _table(graph, {name: total.sum(0) / max(counts.sum(), 1) for name, total in totals.items()}, subject.bits)
+    if counts.min() > 0:
+        halves = [_table(graph, {name: total[half] / counts[half] for name, total in totals.items()}, subject.bits) for half in (0, 1)]
+        table = table.model_copy(update={"halves": tuple(halves)})
     if together is None:
         return table
     gains = {name: found.gain().diagonal()[1:] for name, found in moments.items()}
-    return table.model_copy(update={"pairs": together.costs(gains, max(count, 1))})
+    return table.model_copy(update={"pairs": together.costs(gains, max(counts.sum(), 1))})
 
 
 @dataclass(frozen=True)
@@ -91,35 +98,36 @@ class _Products:
 
 @dataclass
 class _Moments:
-    """Sums over the images of the products' second moments; what each layer's costs are made of."""
+    """Sums over each half of the images (the first axis) of the products' second moments, of which a layer's costs are made."""
 
     error_error: np.ndarray
     error_output: np.ndarray
-    output_output: float
+    output_output: np.ndarray
     spread: np.ndarray | None
 
     @classmethod
     def zeros(cls, widths: int) -> "_Moments":
-        square = np.zeros((widths + 1, widths + 1))
-        return cls(square, square.copy(), 0.0, None)
+        square = np.zeros((2, widths + 1, widths + 1))
+        return cls(square, square.copy(), np.zeros((2, 1, 1)), None)
 
     def add(self, products: _Products) -> None:
-        errors, output = products.errors.double(), products.output.double()
-        self.error_error = self.error_error + errors.square().sum(0).numpy(force=True)
-        self.error_output = self.error_output + (errors * output[:, None, None]).sum(0).numpy(force=True)
-        self.output_output += float(output.square().sum())
+        for half in (0, 1):
+            errors, output = products.errors[half::2].double(), products.output[half::2].double()
+            self.error_error[half] += errors.square().sum(0).numpy(force=True)
+            self.error_output[half] += (errors * output[:, None, None]).sum(0).numpy(force=True)
+            self.output_output[half] += float(output.square().sum())
         if products.spread is not None:
             self.spread = products.spread.double().numpy(force=True) + (0.0 if self.spread is None else self.spread)
 
     def costs(self) -> np.ndarray:
-        """Sum over the images of 1/2 u^2, u = gain <g, y^ - y> + (gain - 1) <g, y>."""
+        """Sum over each half of the images of 1/2 u^2, u = gain <g, y^ - y> + (gain - 1) <g, y>, (2, widths + 1, widths + 1)."""
         gain = self.gain()
         return 0.5 * (gain**2 * self.error_error + 2 * gain * (gain - 1) * self.error_output + (gain - 1) ** 2 * self.output_output)
 
     def gain(self) -> np.ndarray:
         """What calibration multiplies the output by to restore its spread; of a pair, the product of both operands' own gains."""
         if self.spread is None:
-            return np.ones_like(self.error_error)
+            return np.ones_like(self.error_error[0])
         alone = self.spread[0, 0] / np.maximum(self.spread, 1e-12)
         return np.sqrt(np.outer(alone[:, 0], alone[0])).clip(0.5, 2.0)
 

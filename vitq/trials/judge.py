@@ -46,7 +46,7 @@ class Judge:
         objective, bound = self.search.objective.total(widths), chosen.report["bound"]
         sums = summarize(self.search.scope, widths, self.search.whole, self.budgets)
         sums |= {"objective": objective, "gap": (objective - bound) / max(abs(objective), 1e-12)}
-        sums |= {"status": "refined by measuring", "shadow_prices": []}
+        sums |= {"status": "refined by measuring", "predicted": objective, "shadow_prices": []}
         plan = _with_bits(chosen.plan, found.bits)
         plan = plan.model_copy(update={"summary": {**chosen.plan.summary, **sums}})
         return replace(chosen, plan=plan, report={**chosen.report, **sums, "refinement": measured}), found
