@@ -1,9 +1,9 @@
 """Predicted bytes of one layer in a packed ONNX file, from its shape and its widths alone.
 
 A layer's own bytes are its codes at their true width, one float32 scale an output channel, one zero point an output channel where
-the weight is asymmetric (below 8 bits), and the nodes, names and small constants that unpack, quantize and dequantize. Left out: biases,
-other float tensors and the rest of the graph, which a profile holds as `rest_bytes`. The constants were measured on exported files
-(docs/log.md); tests/test_size.py holds the prediction against real ones.
+the weight is asymmetric (below 8 bits), and the nodes, names, digests and small constants that unpack, quantize and dequantize. Left
+out: biases, other float tensors and the rest of the graph, which a profile holds as `rest_bytes`. The constants were measured on exported
+files (docs/log.md); tests/test_size.py holds the prediction against real ones.
 """
 
 from vitq.artifacts import Layer
@@ -11,7 +11,7 @@ from vitq.artifacts import Layer
 SCALE_BYTES = 4
 ZERO_POINT_BYTES = 1
 
-NODE_BYTES = {"linear": 230, "matmul": 190, "convolution": 290}
+NODE_BYTES = {"linear": 290, "matmul": 240, "convolution": 350}
 NAME_BYTES = 2  # a character of the layer's name: as a node, and in the plan that the metadata hold
 UNPACK_BYTES = {2: 52, 3: 76, 4: 47, 5: 77, 6: 78, 7: 102, 8: 0}
 CLIP_BYTES = 21  # an activation below 8 bits

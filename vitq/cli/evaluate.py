@@ -26,7 +26,10 @@ _UNITS = {"top1": "%", "top5": "%", "top1_change": "points", "agreement": "%", "
 
 def evaluate(
     artifact: Annotated[str, typer.Argument(help="A MODEL, a calibrated .safetensors, or a .onnx.")],
-    images: options.Images,
+    images: options.OptionalImages = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First compare the .onnx with the digests it was exported with; needs no --images.")
+    ] = False,
     reference: Annotated[str | None, typer.Option("--reference", help="The float MODEL. (default: the artifact's run folder's)")] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Percent; below it: exit 6.")] = None,
     min_agreement: Annotated[float | None, typer.Option("--min-agreement", help="Percent; below it: exit 6.")] = None,
@@ -50,9 +53,22 @@ def evaluate(
     """Measure accuracy, and agreement with the float model."""
     terminal = Terminal(quiet, verbose, as_json)
     refuse_missing_artifact(artifact, arch)
+    if images is None and not verify:
+        raise UsageError("evaluate needs images: give --images PATH, or --verify to check an ONNX file alone")
     refuse_missing_sources(reference, images)
     if output is not None:
         output_path(output, Path(), "", force)
+    gates = {"min_top1": min_top1, "min_agreement": min_agreement, "max_kl": max_kl}
+    gates = {name: limit for name, limit in gates.items() if limit is not None}
+    if images is None and gates:
+        raise UsageError("gates need images to measure on; give --images PATH")
+    verified = _verified(artifact) if verify else {}
+    said = f"{artifact} is the file that was exported: all {verified['parts']} parts have their digests" if verified else ""
+    if images is None:
+        if output is not None:
+            _write(output, verified)
+        terminal.result(verified, said)
+        return
     loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
     options.usable_device(device)
     from vitq.evaluate import evaluate as measure
@@ -61,8 +77,6 @@ def evaluate(
     subject = _open(artifact, loading, device)
     float_model = _reference(subject, reference, loading, run_dir)
     opened = open_images(images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
-    gates = {"min_top1": min_top1, "min_agreement": min_agreement, "max_kl": max_kl}
-    gates = {name: limit for name, limit in gates.items() if limit is not None}
     counted = _labels_fit(opened, subject.num_classes)
     _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
@@ -72,13 +86,13 @@ def evaluate(
     with terminal.watching(opened, "evaluate"):
         batches = ((batch, labels if counted else None) for batch, labels in opened)
         found = measure(subject.runnable, batches, runnable, subject.num_classes > 0)
-    document = flat(found)
+    document = flat(found) | verified
     folder = run_dir or subject.folder
     if output is not None:
         _write(output, document)
     elif folder is not None and (folder / PROFILE).is_file():
         save_result(document, folder, subject.name)
-    terminal.result(document, f"{subject.name} on {found.num_images} images", *_lines(found))
+    terminal.result(document, *([said] if said else []), f"{subject.name} on {found.num_images} images", *_lines(found))
     _check(gates, document)
 
 
@@ -122,6 +136,15 @@ def on_device(module: "Callable[[Tensor], Tensor]", device: str) -> "Callable[[T
     """A function from images to outputs on the CPU that computes on a device; a module is moved there."""
     moved: Any = module.to(device)  # pyright: ignore[reportFunctionMemberAccess]
     return lambda batch: moved(batch.to(device)).cpu()
+
+
+def _verified(artifact: str) -> dict[str, Any]:
+    """What --verify adds to the document, once every part of the file has the digest that it was exported with."""
+    if not artifact.endswith(".onnx"):
+        raise UsageError(f"--verify compares an ONNX file with what was exported; {artifact} is none, give a .onnx or leave --verify out")
+    from vitq.export.digests import check_digests
+
+    return {"verified": True, "parts": check_digests(artifact)}
 
 
 def _open(artifact: str, loading: LoadingOptions, device: str) -> Subject:

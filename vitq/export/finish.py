@@ -6,7 +6,6 @@ possible. Shape hints (`value_info`) are left out: onnxruntime plans memory bett
 Leaves out: any change to what the graph computes.
 """
 
-import hashlib
 import itertools
 import json
 import string
@@ -19,6 +18,7 @@ import onnx_ir.passes.common as passes
 
 from vitq import __version__
 from vitq.checkpoint import Checkpoint
+from vitq.export.digests import sign
 from vitq.export.lowering import LoweredLayer
 from vitq.export.trace import DOMAIN, IR_VERSION, OPSET
 
@@ -45,7 +45,8 @@ def finish_file(model: ir.Model, layers: Iterable[LoweredLayer], checkpoint: Che
     del proto.graph.value_info[:]
     for function in proto.functions:
         del function.value_info[:]
-    onnx.helper.set_model_props(proto, {**_metadata(checkpoint), "vitq.digest": _digest(proto)})
+    onnx.helper.set_model_props(proto, _metadata(checkpoint))
+    sign(proto)
     onnx.checker.check_model(proto)
     return proto
 
@@ -98,9 +99,3 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "versions": {"vitq": __version__, **{package: version(package) for package in ("torch", "timm", "onnx", "onnxruntime")}},
     }
     return {f"vitq.{key}": json.dumps(value, separators=(",", ":"), ensure_ascii=False) for key, value in values.items()}
-
-
-def _digest(proto: onnx.ModelProto) -> str:
-    """sha256 of the graph and its functions, as serialized."""
-    parts = [proto.graph.SerializeToString(deterministic=True), *(f.SerializeToString(deterministic=True) for f in proto.functions)]
-    return json.dumps(hashlib.sha256(b"".join(parts)).hexdigest())
