@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("artifacts",),
-    ("affine", "images", "latency", "moments", "weights"),
+    ("affine", "images", "latency", "moments", "processor", "weights"),
     ("models", "graph", "quantizers"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
@@ -49,7 +49,7 @@ LIBRARIES = {
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
-    "torch": set(FLOOR) - {"errors", "artifacts", "latency", "allocation"},
+    "torch": set(FLOOR) - {"errors", "artifacts", "latency", "processor", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.

@@ -1,6 +1,7 @@
 """The exported file: integer kernels for linears and matmuls of any shape, the fake-quantized values, what it says of itself."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.export import ExportReport, Storage, export
+from vitq.processor import processor
 
 
 class Shapes(nn.Module):
@@ -129,6 +131,12 @@ def test_the_file_says_what_it_is(vit: Checkpoint, exported: tuple[Path, ExportR
     assert facts["plan"] == {entry.name: [entry.weight_bits, entry.activation_bits] for entry in vit.plan.layers}
     assert set(facts["versions"]) == {"vitq", "torch", "timm", "onnx", "onnxruntime"}
     assert len(facts["digest"]) == 64
+    assert facts["verified_with"] == {
+        "onnxruntime": onnxruntime.__version__,
+        "provider": "CPUExecutionProvider",
+        "session_options": {"graph_optimization_level": "ORT_ENABLE_ALL", "session.intra_op.allow_spinning": "0"},
+        "processor": json.loads(json.dumps(asdict(processor()))),
+    }
     assert (model.ir_version, model.opset_import[0].version, len(model.graph.value_info)) == (10, 21, 0)
     assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["images", "output"]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"

@@ -12,9 +12,7 @@ Left out: a tensor that several layers read is quantized once in a real file, bu
 8 bits. Files that were measured alone find their weights in the cache more often than within a model; that is in the rest too.
 """
 
-import platform
 from importlib.metadata import version
-from pathlib import Path
 
 from vitq import __version__
 from vitq.artifacts import WIDTHS, Bits, ModelSpec
@@ -25,6 +23,7 @@ from vitq.export.timing import LayerFile, nothing, timing_files
 from vitq.graph import Graph, capture
 from vitq.latency import LatencyTable, Timing
 from vitq.models import build
+from vitq.processor import processor
 from vitq.rewrites import fold_layernorms, rewrite
 
 FORMS: dict[Bits, tuple[Bits, ...]] = {8: (8,), 4: (2, 3, 4, 5, 6, 7)}
@@ -71,7 +70,7 @@ def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None 
         threads=threads,
         rest_ms=round(rest, 6),
         timings=tuple(timing for found in timings.values() for timing in found),
-        made_from={"processor": _processor(), "versions": _versions(), "whole_ms": checked},
+        made_from={"processor": processor().name, "versions": _versions(), "whole_ms": checked},
     )
 
 
@@ -89,15 +88,6 @@ def graph_of(spec: ModelSpec) -> Graph:
 def _timing(file: LayerFile, graph: Graph, activation_bits: tuple[Bits, ...], ms: float) -> Timing:
     weighted = next(layer.has_weight for layer in graph.layers if layer.name == file.layers[0])
     return Timing(layers=file.layers, weight_bits=WIDTHS if weighted else None, activation_bits=activation_bits, ms=round(ms, 6))
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _versions() -> dict[str, str]:

@@ -114,6 +114,7 @@ def _read_onnx(path: Path) -> Shown:
     from vitq.evaluate import onnx_metadata
 
     metadata = {name.removeprefix("vitq."): value for name, value in onnx_metadata(path).items() if name.startswith("vitq.")}
+    metadata.pop("digests", None)  # for evaluate --verify
     plan = metadata.pop("plan", None)
     if not isinstance(plan, dict):
         raise InputError(f"{path} holds no plan, so vitq did not write it; `vitq export` writes one that does")

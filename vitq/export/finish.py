@@ -19,6 +19,7 @@ import onnx_ir.passes.common as passes
 from vitq import __version__
 from vitq.checkpoint import Checkpoint
 from vitq.export.digests import sign
+from vitq.export.kernels import circumstances
 from vitq.export.lowering import LoweredLayer
 from vitq.export.trace import DOMAIN, IR_VERSION, OPSET
 
@@ -97,5 +98,6 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "plan": plan,
         "made_from": checkpoint.made_from,
         "versions": {"vitq": __version__, **{package: version(package) for package in ("torch", "timm", "onnx", "onnxruntime")}},
+        "verified_with": circumstances(),
     }
     return {f"vitq.{key}": json.dumps(value, separators=(",", ":"), ensure_ascii=False) for key, value in values.items()}
