@@ -14,6 +14,7 @@ from vitq.cli.allocate import allocate
 from vitq.cli.bench import bench
 from vitq.cli.calibrate import calibrate
 from vitq.cli.demo import demo
+from vitq.cli.doctor import doctor
 from vitq.cli.evaluate import evaluate
 from vitq.cli.export import export
 from vitq.cli.profile import profile
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, allocate, calibrate, export, evaluate, bench, show, demo):
+for command in (profile, allocate, calibrate, export, evaluate, bench, show, doctor, demo):
     app.command()(command)
 
 
