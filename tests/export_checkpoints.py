@@ -42,7 +42,7 @@ def random_images(count: int, input_shape: tuple[int, int, int], seed: int = 0) 
 
 
 def make_checkpoint(
-    model: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32), weight: Widths = 8, activation: Widths = 8
+    model: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32), weight: Widths = 8, activation: Widths = 8, symmetric: bool = False
 ) -> Checkpoint:
     """A checkpoint of a model with every parameter and buffer of one axis made random, non-zero."""
     generator = torch.Generator().manual_seed(1)
@@ -64,7 +64,7 @@ def make_checkpoint(
         if layer.has_weight:
             weight_bits, tensor = _bits(weight, layer), tensors[layer.operands[1].tensor]
             rows = tensor.flatten(1)
-            weights[layer.name] = quantize_weight(tensor, *weight_qparams(rows.amin(1), rows.amax(1), weight_bits), weight_bits)
+            weights[layer.name] = quantize_weight(tensor, *weight_qparams(rows.amin(1), rows.amax(1), weight_bits, symmetric), weight_bits)
             dequantized[layer.operands[1].tensor] = weights[layer.name].dequantize()
         bits = activations[layer.operands[0].tensor].bits
         entries.append(LayerBits(name=layer.name, type=layer.type, weight_bits=weight_bits, activation_bits=bits))

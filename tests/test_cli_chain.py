@@ -96,6 +96,18 @@ def test_evaluations_gather_in_the_run_folder(session: Path):
     assert not (session / "evaluate.json").exists()  # a float model has no run folder
 
 
+def test_symmetric_weights_for_other_runtimes(session: Path):
+    refused = vitq("export", "--storage", "standard", "--force", folder=session)
+    assert refused.code == 2 and "run `vitq calibrate --symmetric --force`, or give --storage packed" in refused.err
+    done = vitq("calibrate", "--symmetric", "--force", folder=session)
+    assert done.code == 0, done.err
+    assert checkpoint.load(session / "vitq-run" / "model.safetensors").made_from["calibration"]["symmetric"] is True
+    done = vitq("export", "--storage", "standard", "--force", folder=session)
+    assert done.code == 0, done.err
+    assert "onnxruntime has no integer kernel for int4, and is slower there than in float32" in done.err
+    assert vitq("evaluate", "vitq-run/model.onnx", "--verify", folder=session).code == 0
+
+
 def test_evaluate_a_model_against_itself(session: Path):
     found = vitq("evaluate", "model", "--reference", "model", "--images", "images", "--json", folder=session).document
     assert (found["agreement"], found["top1_change"]) == (100, 0)

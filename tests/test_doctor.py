@@ -27,13 +27,14 @@ def test_the_document(tmp_path: Path) -> None:
     assert found["versions"]["onnx"] == onnx.__version__
     assert found["processor"]["name"] == processor().name and found["processor"]["cores"] >= 1
     assert [(form["storage"], form["weight_bits"], form["activation_bits"]) for form in found["forms"]] == list(FORMS)
-    assert all(form["fast"] and not form["not_fused"] and form["fault"] is None for form in found["forms"])
+    assert all(form["fault"] is None and form["fast"] == (not form["not_fused"]) for form in found["forms"])
+    assert all(form["fast"] for form in found["forms"] if form["storage"] != "standard")
     kernels = {row["pattern"]: (row["kernel"], row["kernel_below_8_bits"]) for row in found["patterns"]}
     assert list(kernels) == list(PATTERNS.values())
     other = kernels.pop("other convolution")
     assert not set(other) & INTEGER_KERNELS
     assert {kernel for both in kernels.values() for kernel in both} <= INTEGER_KERNELS
-    assert found["remarks"][0] == "every form runs as integer kernels here, and computes what was calibrated"
+    assert found["remarks"][0] == "storage packed and fast run as integer kernels here at every width, and compute what was calibrated"
 
 
 def test_a_layer_that_does_not_fuse_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +77,6 @@ def test_remarks_say_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     done = vitq("doctor")
     assert done.code == 0
     text = " ".join(done.out.split())
-    assert "--storage packed at 4 bits, activations 4: qk run in float; `vitq export` says so too" in text
+    assert "--storage packed at 4 bits, activations 4: qk run in float" in text
     assert "--storage fast at 4 bits, activations 8: layer qk: wrong." in text
     assert "packed 8 8 all yes packed 4 4 all but 1 yes fast 4 8 - no" in text

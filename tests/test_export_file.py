@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
-from vitq.export import ExportReport, Storage, export
+from vitq.export import ExportReport, export
 from vitq.processor import processor
 
 
@@ -71,15 +71,32 @@ def test_every_linear_and_matmul_of_a_vit_becomes_an_integer_kernel(vit: Checkpo
     assert planned < report.weight_bytes <= planned + 5 * sum(len(weight.scale) for weight in vit.weights.values())
 
 
-@pytest.mark.parametrize("storage", ["standard", "fast"])
-def test_every_storage_gives_the_same_kernels_and_values(
-    vit: Checkpoint, exported: tuple[Path, ExportReport], storage: Storage, tmp_path: Path
-) -> None:
+def test_storage_fast_gives_the_same_kernels_and_values(vit: Checkpoint, exported: tuple[Path, ExportReport], tmp_path: Path) -> None:
     path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
-    report = export(vit, path, [images], storage)
+    report = export(vit, path, [images], "fast")
     assert report.not_fused == ()
     assert report.weight_bytes > exported[1].weight_bytes
     assert np.array_equal(run(path, images), run(exported[0], images))
+
+
+def test_storage_standard_is_plain_and_refuses_weights_with_zero_points(vit: Checkpoint, tmp_path: Path) -> None:
+    path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
+    with pytest.raises(UsageError, match="have some \\(.*\\); run `vitq calibrate --symmetric --force`, or give --storage packed"):
+        export(vit, path, [images], "standard")
+    checkpoint = make_checkpoint(small_vit(), weight=mixed, activation=8, symmetric=True)
+    report = export(checkpoint, path, [images], "standard")
+    model = onnx.load(path)
+    assert not model.functions and {node.domain for node in model.graph.node} == {""}
+    narrow = {name for name, weight in checkpoint.weights.items() if weight.bits <= 4}
+    assert narrow and set(report.not_fused) == narrow  # onnxruntime has no kernel for int4
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    inputs = {node.output[0]: node.input for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for node in model.graph.node:
+        if node.name in checkpoint.weights:
+            wanted = onnx.TensorProto.INT4 if node.name in narrow else onnx.TensorProto.INT8
+            assert types[inputs[node.input[1]][0]] == wanted
+    export(checkpoint, tmp_path / "packed.onnx", [images], "packed")
+    np.testing.assert_allclose(run(path, images), run(tmp_path / "packed.onnx", images), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("bits", [8, 5, 2])

@@ -14,15 +14,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vitq.affine import QuantizedWeight, weight_codes
 from vitq.export.kernels import optimised_graph
-from vitq.export.storage import STORAGES, Storage, function_name, plane_widths, stored_bytes, unpack_function, weight_tensors
+from vitq.export.storage import STORAGES, Storage, function_name, is_symmetric, plane_widths, stored_bytes, unpack_function, weight_tensors
 
 WIDTHS = range(2, 9)
 
 
-def random_weight(bits: int, shape: tuple[int, ...], seed: int = 0) -> QuantizedWeight:
+def random_weight(bits: int, shape: tuple[int, ...], seed: int = 0, symmetric: bool = False) -> QuantizedWeight:
     rng = np.random.default_rng(seed)
     low, high = weight_codes(bits)
-    zero_point = np.full(shape[0], 2 ** (bits - 1)) if bits >= 7 else rng.integers(0, 2**bits, shape[0])
+    zero_point = np.full(shape[0], 2 ** (bits - 1)) if bits >= 7 or symmetric else rng.integers(0, 2**bits, shape[0])
     return QuantizedWeight(
         torch.from_numpy(rng.integers(low, high + 1, shape).astype(np.uint8)),
         torch.from_numpy(rng.uniform(0.01, 0.02, shape[0]).astype(np.float32)),
@@ -44,7 +44,7 @@ def stored(
     protos = [ir.to_proto(tensor) for tensor in tensors]
     for index, proto in enumerate(protos):
         proto.name = f"i{index}"
-    if bits == 8:
+    if len(protos) == 1:
         protos[0].name = "integers"
         return protos, [], []
     node = helper.make_node(function_name(bits), [proto.name for proto in protos], ["integers"], domain="vitq")
@@ -77,7 +77,7 @@ def unpacked(weight: QuantizedWeight, storage: Storage, transposed: bool, optimi
 @pytest.mark.parametrize("storage", list(STORAGES))
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_onnxruntime_unpacks_what_was_stored(bits: int, storage: Storage, optimised: bool) -> None:
-    linear, convolution = random_weight(bits, (24, 40)), random_weight(bits, (16, 4, 3, 3))
+    linear, convolution = (random_weight(bits, shape, symmetric=storage == "standard") for shape in ((24, 40), (16, 4, 3, 3)))
     assert np.array_equal(unpacked(linear, storage, True, optimised), integers_by_definition(linear).T)
     assert np.array_equal(unpacked(convolution, storage, False, optimised), integers_by_definition(convolution))
 
@@ -87,7 +87,7 @@ def test_onnxruntime_unpacks_what_was_stored(bits: int, storage: Storage, optimi
 def test_any_shape_is_stored_exactly_in_the_bytes_that_were_promised(
     bits: int, outputs: int, inputs: int, storage: Storage, seed: int
 ) -> None:
-    weight = random_weight(bits, (outputs, inputs), seed)
+    weight = random_weight(bits, (outputs, inputs), seed, storage == "standard")
     assert np.array_equal(unpacked(weight, storage, True, True), integers_by_definition(weight).T)
     _, tensors = weight_tensors(weight, storage, True)
     in_file = sum(len(ir.to_proto(tensor).raw_data) for tensor in tensors if tensor.dtype != ir.DataType.INT64) + 4 * outputs
@@ -102,7 +102,17 @@ def test_packed_codes_take_exactly_their_bits(bits: int) -> None:
     assert sum(plane_widths(bits, 8 * 15, "fast")) == 8
 
 
-@pytest.mark.parametrize("storage", list(STORAGES))
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_standard_is_a_signed_type_and_nothing_else(bits: int) -> None:
+    weight = random_weight(bits, (24, 40), symmetric=True)
+    _, (tensor,) = weight_tensors(weight, "standard", True)
+    assert tensor.dtype == (ir.DataType.INT4 if bits <= 4 else ir.DataType.INT8)
+    assert np.array_equal(tensor.numpy().astype(int), integers_by_definition(weight).T)
+    assert is_symmetric(weight)
+    assert is_symmetric(random_weight(bits, (24, 40))) == (bits >= 7)
+
+
+@pytest.mark.parametrize("storage", ["packed", "fast"])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_unpacking_folds_to_one_int8_initializer_and_the_integer_kernel_remains(bits: int, storage: Storage, tmp_path: Path) -> None:
     weight = random_weight(bits, (24, 40))

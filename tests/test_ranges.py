@@ -203,6 +203,20 @@ def test_weight_ranges_are_near_the_best_of_both_ends(bits: int):
     assert float(error(*weight_ranges(weight, bits)).sum()) <= 1.08 * float(best.sum())
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_symmetric_weight_ranges_have_the_middle_for_zero_and_are_near_the_best_scale(bits: int):
+    weight = random(12, 768)
+    scale, zero_point = weight_ranges(weight, bits, symmetric=True)
+    assert zero_point.tolist() == [2.0 ** (bits - 1)] * 12
+    largest = weight.abs().amax(1)
+
+    def error(scale: Tensor) -> Tensor:
+        return (quantize_weight(weight, scale, zero_point, bits).dequantize() - weight).square().sum(1)
+
+    best = torch.stack([error(largest * share / 2 ** (bits - 1)) for share in torch.linspace(0.1, 2.1, 1000)]).amin(0)
+    assert float(error(scale).sum()) <= (1.03 if bits <= 6 else 1.15) * float(best.sum())
+
+
 def batches_of(x: Tensor, size: int = 4) -> list[tuple[Tensor, None]]:
     return [(part, None) for part in x.split(size)]
 

@@ -80,15 +80,15 @@ def quantize_dequantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | f
     return steps.mul_(scale)
 
 
-def weight_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def weight_qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero point of weights whose channels span [low, high], each (O,): asymmetric up to 6 bits, symmetric at 7 and 8.
 
     Integer kernels want weights with zero point 0 in int8, so what they read are the integers `codes - zero_point`. Processors without
     VNNI multiply a pair of 8-bit activations with a pair of weights and add both in 16 bits, which saturates: 255 (|v| + |w|) <= 32767
     holds for all pairs where no integer exceeds 64. Up to 6 bits none does, whatever the zero point; at 7 bits -64..63 and at 8 bits
-    -64..64 are kept to, so that a file computes the same everywhere.
+    -64..64 are kept to, so that a file computes the same everywhere. With `symmetric` the zero point is 2^(bits - 1) at every width.
     """
-    if bits < 7:
+    if bits < 7 and not symmetric:
         return choose_qparams(low, high, bits)
     zero_point = 2.0 ** (bits - 1)
     scale = (torch.maximum(-low, high).clamp(min=0) / (weight_codes(bits)[1] - zero_point)).to(torch.float32)

@@ -40,6 +40,7 @@ FORMS: tuple[tuple[Storage, Bits, Bits], ...] = (
     *(("packed", bits, 8) for bits in WIDTHS),
     ("packed", 4, 4),
     ("standard", 4, 8),
+    ("standard", 8, 8),
     ("fast", 4, 8),
 )
 """Storage, weight bits, activation bits."""
@@ -84,7 +85,7 @@ def try_forms(forms: Sequence[tuple[Storage, Bits, Bits]] = FORMS) -> list[Form]
             )
             for layer in graph.layers
         ]
-        checkpoint = calibrate_fast(graph, BitPlan(model=spec, layers=tuple(entries)), [(images, None)])
+        checkpoint = calibrate_fast(graph, BitPlan(model=spec, layers=tuple(entries)), [(images, None)], symmetric=storage == "standard")
         model = trace_graph(checkpoint.graph)
         layers = lower(model, checkpoint, storage)
         file = finish_file(model, layers, checkpoint)

@@ -181,12 +181,15 @@ def relative_error(histogram: Histogram, qparams: QParams) -> float:
     return float(_squared_error(histogram, scale, zero_point, qparams.bits) / histogram.sums[2, -1].clamp(min=1e-30))
 
 
-def weight_ranges(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (O,) of a weight (O, ...), each channel's range shrunk to its least squared error."""
+def weight_ranges(weight: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (O,) of a weight (O, ...), each channel's range shrunk to its least squared error; see `weight_qparams`."""
     rows = weight.reshape(weight.shape[0], -1)
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-    shrinks = torch.linspace(1.0, {2: 0.3, 3: 0.4, 4: 0.5}.get(bits, 0.7), _WEIGHT_SHRINKS, device=weight.device)
-    scales, zero_points = weight_qparams(low[:, None] * shrinks, high[:, None] * shrinks, bits)
+    smallest = {2: 0.3, 3: 0.4, 4: 0.5}.get(bits, 0.7)
+    if symmetric and bits < 7:  # the grid of a signed type lacks one code above, so that its step is that much wider
+        smallest *= (highest_code(bits) - 1) / highest_code(bits)
+    shrinks = torch.linspace(1.0, smallest, _WEIGHT_SHRINKS, device=weight.device)
+    scales, zero_points = weight_qparams(low[:, None] * shrinks, high[:, None] * shrinks, bits, symmetric)
     some = max(1, _CACHED // (_WEIGHT_SHRINKS * rows.shape[1]))  # channels at a time, so that all their candidates stay in the cache
     chunks = zip(rows.split(some), scales.split(some), zero_points.split(some), strict=True)
     best = torch.cat([_row_errors(*chunk, bits).argmin(1, keepdim=True) for chunk in chunks])

@@ -16,7 +16,9 @@ __all__ = ["RECIPES", "calibrate"]
 RECIPES: dict[str, Callable[..., Checkpoint]] = {"fast": calibrate_fast}
 
 
-def calibrate(model: LoadedModel, plan: BitPlan, images: Images, recipe: str = "fast", device: str = "cpu") -> Checkpoint:
+def calibrate(
+    model: LoadedModel, plan: BitPlan, images: Images, recipe: str = "fast", device: str = "cpu", symmetric: bool = False
+) -> Checkpoint:
     """Fits the quantizers of a plan to a model.
 
     Args:
@@ -25,6 +27,7 @@ def calibrate(model: LoadedModel, plan: BitPlan, images: Images, recipe: str = "
         images: calibration images, preprocessed for the model.
         recipe: a name in `RECIPES`.
         device: where to compute.
+        symmetric: weights without zero points, which `--storage standard` needs; costs accuracy below 7 bits.
 
     Raises:
         UsageError: an unknown recipe.
@@ -38,6 +41,7 @@ def calibrate(model: LoadedModel, plan: BitPlan, images: Images, recipe: str = "
             f"the plan is for {plan.model.architecture}, whose graph differs from that of {model.source} ({spec.architecture}); "
             "run `vitq profile` again for this model with this torch and timm"
         )
-    checkpoint = RECIPES[recipe](graph, plan, images)
+    checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric)
     calibrated_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
-    return replace(checkpoint, made_from={**plan.made_from, "calibration": {"recipe": recipe, "images": calibrated_on}})
+    calibration = {"recipe": recipe, "images": calibrated_on} | ({"symmetric": True} if symmetric else {})
+    return replace(checkpoint, made_from={**plan.made_from, "calibration": calibration})

@@ -16,22 +16,23 @@ from vitq.graph.layers import operand_nodes
 from vitq.ranges import Batches, Histogram, activation_qparams, fold, weight_ranges
 
 
-def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches) -> Checkpoint:
+def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
     Args:
         graph: the captured graph after `rewrite`.
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images; gone through three times.
+        symmetric: weights without zero points, at every width.
 
     Raises:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    return fit_fast(*fold(graph, batches), plan, batches)
+    return fit_fast(*fold(graph, batches), plan, batches, symmetric)
 
 
-def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, batches: Batches) -> Checkpoint:
+def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
     """The recipe from the folded graph on, which does not depend on the plan: one fold serves many plans.
 
     Args:
@@ -39,6 +40,7 @@ def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, 
         histograms: of its activations, by `Operand.tensor`.
         plan: bits of every layer.
         batches: the calibration images; gone through once.
+        symmetric: weights without zero points, at every width.
     """
     bits = plan.bits
     activations = {
@@ -46,7 +48,9 @@ def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, 
         for layer in folded.layers
         for operand in layer.activations
     }
-    weights = {layer.name: _quantized(folded, layer, bits[layer.name].weight_bits) for layer in folded.layers if layer.has_weight}
+    weights = {
+        layer.name: _quantized(folded, layer, bits[layer.name].weight_bits, symmetric) for layer in folded.layers if layer.has_weight
+    }
     weights, biases = match_moments(folded, activations, weights, batches)
     module = copy(folded)
     tensors = {layer.operands[1].tensor: weights[layer.name].dequantize() for layer in folded.layers if layer.has_weight}
@@ -56,7 +60,7 @@ def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, 
     return Checkpoint(Graph(module, folded.input_shape, folded.layers, folded.nodes, folded.blocks), plan, weights, activations)
 
 
-def _quantized(graph: Graph, layer: Layer, bits: int | None) -> QuantizedWeight:
+def _quantized(graph: Graph, layer: Layer, bits: int | None, symmetric: bool) -> QuantizedWeight:
     assert bits is not None
     weight = tensor_of(graph.module, operand_nodes(graph.layer_node(layer.name))[1])
-    return quantize_weight(weight, *weight_ranges(weight, bits), bits)
+    return quantize_weight(weight, *weight_ranges(weight, bits, symmetric), bits)

@@ -27,6 +27,9 @@ def calibrate(
     plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
     images: options.RememberedImages = None,
     recipe: Annotated[str, typer.Option("--recipe", help="fast: minutes, no gradients.")] = "fast",
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
+    ] = False,
     model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
     num_images: options.NumImages = None,
     seed: options.Seed = None,
@@ -61,7 +64,7 @@ def calibrate(
     terminal.preprocessing(loaded.data_config, chosen.model.data_config)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     with terminal.watching(opened, "calibrate"):
-        checkpoint = fit(loaded, chosen, opened, recipe, device)
+        checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric)
     calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
     save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)
     document = {

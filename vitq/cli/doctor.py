@@ -70,14 +70,14 @@ def _patterns(forms: "Sequence[Form]", named: dict[str, str]) -> list[dict[str, 
 def _remarks(forms: "Sequence[Form]", machine: Processor) -> list[str]:
     """What follows from it, a line each."""
     found = []
+    if all(form.fast for form in forms if form.storage != "standard"):
+        found.append("storage packed and fast run as integer kernels here at every width, and compute what was calibrated")
     for form in forms:
         name = f"--storage {form.storage} at {form.weight_bits} bits, activations {form.activation_bits}"
         if form.fault is not None:
             found.append(f"{name}: {form.fault}")
         elif not form.fast:
-            found.append(f"{name}: {', '.join(form.not_fused)} run in float; `vitq export` says so too, compare with `vitq bench`")
-    if not found:
-        found.append("every form runs as integer kernels here, and computes what was calibrated")
+            found.append(f"{name}: {', '.join(form.not_fused)} run in float")
     if machine.adds_in_32_bits is False:
         found.append("no instructions for sums of 8-bit products (VNNI and the like): results are the same, the gain in speed is smaller")
     return found

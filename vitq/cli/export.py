@@ -30,7 +30,10 @@ def export(
     images: options.RememberedImages = None,
     num_images: options.NumImages = None,
     storage: Annotated[
-        str, typer.Option("--storage", help="packed: every width at its true size; standard: int8, 4 bits at 4 and below; fast: int8.")
+        str,
+        typer.Option(
+            "--storage", help="packed: every width at its true size; fast: int8; standard: plain int4 and int8, for other runtimes."
+        ),
     ] = "packed",
     seed: options.Seed = None,
     batch_size: options.BatchSize = 32,
@@ -65,6 +68,8 @@ def export(
     with terminal.watching(opened, "verify"):
         report = write(calibrated, path, (batch for batch, _ in opened), cast("Storage", storage), force)
     terminal.result(asdict(report), *_lines(report, opened.num_images), f"wrote {path}")
+    if report.not_fused and storage == "standard":
+        terminal.note("onnxruntime has no integer kernel for int4, and is slower there than in float32: for it, give --storage packed")
     if report.not_fused:
         terminal.note(f"not fused by onnxruntime: {', '.join(report.not_fused)}")
     terminal.next(f"{in_folder('vitq evaluate', path, '')} --images PATH")

@@ -18,7 +18,7 @@ from vitq.errors import UsageError
 from vitq.export.finish import finish_file
 from vitq.export.kernels import integer_layers
 from vitq.export.lowering import lower
-from vitq.export.storage import STORAGES, Storage, stored_bytes
+from vitq.export.storage import STORAGES, Storage, is_symmetric, stored_bytes
 from vitq.export.trace import trace_graph
 from vitq.export.verify import verify_file
 
@@ -61,13 +61,19 @@ def export(
         force: replace an existing file.
 
     Raises:
-        UsageError: the file exists and `force` is not set, or an unknown storage.
+        UsageError: the file exists and `force` is not set, an unknown storage, or "standard" for weights that have zero points.
         InputError: the model cannot be expressed in ONNX, or there are no images.
         VerificationError: the file does not compute what was calibrated; it is not written.
     """
     started = time.perf_counter()
     if storage not in STORAGES:
         raise UsageError(f"storage {storage!r} is not known; give one of {', '.join(STORAGES)}")
+    asymmetric = [name for name, weight in checkpoint.weights.items() if not is_symmetric(weight)]
+    if storage == "standard" and asymmetric:
+        raise UsageError(
+            f"storage standard takes weights without zero points, those of {len(asymmetric)} layers have some ({asymmetric[0]}); "
+            "run `vitq calibrate --symmetric --force`, or give --storage packed"
+        )
     refuse_existing(path, force)
     model = trace_graph(checkpoint.graph)
     layers = lower(model, checkpoint, storage)

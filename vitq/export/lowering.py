@@ -113,7 +113,7 @@ class _Lowering:
         """`codes - zero_point` as int8: an initializer, or the call that unpacks one."""
         bits, tensors = weight_tensors(weight, self._storage, transposed)
         inputs = [self._constant(tensor) for tensor in tensors]
-        if bits == 8:
+        if len(inputs) == 1:
             return inputs[0]
         function = unpack_function(bits, OPSET)
         self._model.functions.setdefault(function.identifier(), function)

@@ -7,6 +7,9 @@ planes lie 4 and 8 to a byte, the j-th part of the flattened codes at the j-th b
 Unpacking is one call of a model-local function (`vitq.unpack3(planes, zero_point, shape)`), which onnxruntime inlines and folds to one
 int8 initializer: the graph that runs is the same at every width. Eight bits, and everything in storage "fast", is int8 as it is.
 
+Storage "standard" is for other runtimes: DequantizeLinear reads int4 or int8 as it is, so the weights must be symmetric, codes less
+2^(bits - 1). onnxruntime makes no integer kernel of int4.
+
 Leaves out: the scales, which DequantizeLinear applies; see lowering.py.
 """
 
@@ -22,7 +25,7 @@ from vitq.affine import QuantizedWeight
 Storage = Literal["packed", "fast", "standard"]
 STORAGES: dict[str, str] = {
     "packed": "every width at its true size",
-    "standard": "int8, and 4 bits a weight at 4 bits and below",
+    "standard": "int4 at 4 bits and below, else int8, without any unpacking: for other runtimes",
     "fast": "int8, nothing to unpack when a session is made",
 }
 
@@ -43,7 +46,12 @@ def plane_widths(bits: int, elements: int, storage: Storage) -> tuple[int, ...]:
 def stored_bytes(bits: int, elements: int, channels: int, storage: Storage) -> int:
     """Bytes of a weight's codes, zero points (where the file needs them) and float32 scales."""
     planes = plane_widths(bits, elements, storage)
-    return -(-elements * sum(planes) // 8) + channels * (4 if planes == (8,) else 5)
+    return -(-elements * sum(planes) // 8) + channels * (4 if planes == (8,) or storage == "standard" else 5)
+
+
+def is_symmetric(weight: QuantizedWeight) -> bool:
+    """Whether the zero point of every channel is 2^(bits - 1), so that the integers are those of a signed type."""
+    return bool((weight.zero_point == 2 ** (weight.bits - 1)).all())
 
 
 def weight_tensors(weight: QuantizedWeight, storage: Storage, transposed: bool) -> tuple[int, list[ir.TensorProtocol]]:
@@ -55,13 +63,15 @@ def weight_tensors(weight: QuantizedWeight, storage: Storage, transposed: bool) 
         transposed: store (K, N) instead of (O, I) = (N, K).
 
     Returns:
-        The stored bits, and the inputs of `unpack_function(bits)`: its planes, zero points and shape; at 8, the int8 codes alone.
+        The stored bits, and the inputs of `unpack_function(bits)`: its planes, zero points and shape; or one tensor alone, int8 or int4,
+        which needs none.
     """
     codes = weight.codes.cpu().numpy()
     planes = plane_widths(weight.bits, codes.size, storage)
-    if planes == (8,):
+    if planes == (8,) or storage == "standard":
         integers = weight.integers().cpu().numpy()
-        return 8, [ir.tensor(np.ascontiguousarray(integers.T if transposed else integers))]
+        dtype = ir.DataType.INT8 if planes == (8,) else ir.DataType.INT4
+        return sum(planes), [ir.tensor(np.ascontiguousarray(integers.T if transposed else integers), dtype=dtype)]
     codes = np.ascontiguousarray(codes.T if transposed else codes)
     zero_point = weight.zero_point.cpu().numpy()
     zero_point = zero_point if transposed else zero_point.reshape(-1, *[1] * (codes.ndim - 1))
