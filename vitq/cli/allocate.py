@@ -193,14 +193,14 @@ def _lines(report: dict[str, Any], unit: str) -> list[str]:
     level = f"uniform {relative['weight_bits']:.4g}/{relative['activation_bits']:.4g}"
     size, bops = (f"{relative[key]:.3f} of {level}" if relative[key] is not None else "" for key in ("size", "bops"))
     nats = "nats an image" if unit == "nats" else unit
+    elsewhere = f", +{report['predicted']:.4g} expected on other images" if report["predicted"] != report["objective"] else ""
     return [
         f"average bits  {_bits(report['average_weight_bits'])} weights, {_bits(report['average_activation_bits'])} activations"
         f" (with fixed layers {_bits(report['average_weight_bits_all'])}, {_bits(report['average_activation_bits_all'])})",
         f"size          {in_units(report['size_bytes'], 'B')}, {size}",
         f"BitOps        {in_units(report['bops'], '')}, {bops}",
         *([f"latency       {report['latency_ms']:.4g} ms predicted"] if "latency_ms" in report else []),
-        f"loss          +{report['objective']:.4g} by the profile's images, +{report['predicted']:.4g} expected on others ({nats})",
-        f"optimality    gap {report['gap']:.2g}, {report['status']}",
+        f"loss          +{report['objective']:.4g} predicted{elsewhere} ({nats}), gap {report['gap']:.2g}, {report['status']}",
         *(f"{'price':<14}{price['quantity']}: {price['text']}" for price in report["shadow_prices"]),
     ]
 
