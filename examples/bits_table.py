@@ -57,7 +57,7 @@ def main() -> None:
         report = chosen.report
         kl, agreement, top1, change = (getattr(result, field) for field in ("kl", "agreement", "top1", "top1_change"))
         print(
-            f"| {name} | {report['average_weight_bits']:.2f} / {report['average_activation_bits']:.2f} | {report['objective']:.4f} "
+            f"| {name} | {report['average_weight_bits']:.2f} / {report['average_activation_bits']:.2f} | {report['predicted']:.4f} "
             f"| {kl.mean:.4f} ± {kl.margin:.4f} | {agreement.mean:.2f} | {top1.mean:.2f} | {change.mean:+.2f} ± {change.margin:.2f} "
             f"| {exported.file_bytes} ({report['size_bytes']}) | {exported.integer_kernels} / {exported.integer_candidates} "
             f"| {report['solve_seconds']:.2f} |",

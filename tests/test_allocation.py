@@ -38,7 +38,7 @@ def test_the_report_of_uniform_bits_by_hand() -> None:
     report = allocation.report
     assert set(report) == {
         *("average_weight_bits", "average_activation_bits", "average_weight_bits_all", "average_activation_bits_all", "size_bytes", "bops"),
-        *("objective", "bound", "gap", "status", "solve_seconds", "relative_to_uniform", "shadow_prices"),
+        *("objective", "bound", "gap", "status", "predicted", "solve_seconds", "relative_to_uniform", "shadow_prices"),
     }
     assert (report["average_weight_bits"], report["average_activation_bits"]) == (4, 6)
     assert report["average_weight_bits_all"] == pytest.approx((150 * 8 + 400 * 4) / 550)
