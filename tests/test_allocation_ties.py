@@ -106,3 +106,12 @@ def test_a_search_that_stops_leaves_a_best_plan(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ties, "search", lambda *given: whole(*given).__class__(None, 0.0, 0.0, False))
     stopped = allocate(profile, ["3.3", "like=4"], bits_apart=True).report
     assert stopped["objective"] == pytest.approx(first["objective"], rel=1e-12) and stopped["status"] == "optimal"
+
+
+def test_a_bound_below_zero_leaves_out_no_option_of_the_best_plan() -> None:
+    """Found by hypothesis: an option that costs more than the best plan had lowered the bound, and its clipping the excess allowed."""
+    problem = tied_problem(10427655, True)
+    within = [(problem.cost(found), from_the_top(found)) for found in problem.assignments() if problem.meets(found, problem.budgets)]
+    allocation = allocate(problem.profile, problem.budgets, **problem.options)
+    chosen = {entry.name: (entry.weight_bits, entry.activation_bits) for entry in allocation.plan.layers}
+    assert from_the_top(chosen) == max(bits for cost, bits in within if cost == min(within)[0])

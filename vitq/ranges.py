@@ -144,8 +144,9 @@ def add(histogram: Histogram | None, value: Tensor, weight: Tensor | None = None
         raise InputError("an activation is not finite for these images; look for damaged weights or images")
     if histogram is None:
         margin = _MARGIN * max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)  # a constant still needs bins of some width
-        ends = low - margin * (low != 0), high + margin * (high != 0 or low == 0)
-        histogram = Histogram(*ends, torch.zeros(BINS, dtype=torch.float64))
+        lowest = max(low - margin, 0.0) if low >= 0 else low - margin  # values of one sign keep it
+        highest = min(high + margin, 0.0) if high <= 0 and low < 0 else high + margin
+        histogram = Histogram(lowest, highest, torch.zeros(BINS, dtype=torch.float64))
     while low < histogram.low or high > histogram.high:
         histogram = _doubled(histogram, downwards=low < histogram.low)
     values = value.flatten()

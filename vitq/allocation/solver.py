@@ -157,12 +157,12 @@ class Core:
             if choice.under is not None:
                 self.excess[list(choice.options)] += self.excess[choice.under]
         self.excess[self.costs > scale * (1 + ROUNDING)] = math.inf
-        return max(0.0, least - float(prices @ self.limits))
+        return least - float(prices @ self.limits)  # below 0 where an option that is left out made `least` small
 
     def _grow(self, least: float, gap: float | None) -> tuple[float, str]:
         """Searches cores until one is proven to hold the best plan, or the gap is met; (proven bound, status)."""
         order = np.sort(self.excess[np.isfinite(self.excess)])
-        size, bound, wanted = len(self.tree.choices) + 4 * len(self.rows) + 1, least, gap or 0.0
+        size, bound, wanted = len(self.tree.choices) + 4 * len(self.rows) + 1, max(0.0, least), gap or 0.0
         while True:
             # No plan that costs less than the best one known takes an option of more excess than this.
             enough = self.value - least + ROUNDING * self.value

@@ -37,6 +37,8 @@ TIE, NOISE = 1e-3, 3e-5
 
 Float ops differ by some 1e-6 of the range, and by ten times that where a LayerNorm reads a stream that has grown large (CoAtNeXt).
 """
+SOFTMAX_NOISE = 2e-4
+"""The same behind a softmax, which turns an error of a score into up to a quarter of it: 1e-7 of scores of some thousands (Visformer)."""
 MISMATCH = 1e-4
 """The fraction of a layer's codes that may differ beyond ties, by one step."""
 ROUNDING = 1e-5
@@ -132,8 +134,9 @@ class _LayerComparison:
         codes = [found[str(value.name)] for value in layer.codes]
 
         def replaced(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            for x, given, qparams in zip(arguments, codes, operands, strict=False):
-                self._compare_codes(layer.layer.name, x, given, qparams)
+            for operand, x, given, qparams in zip(layer.layer.activations, arguments, codes, operands, strict=False):
+                noise = SOFTMAX_NOISE if operand.role == "post_softmax" else NOISE
+                self._compare_codes(layer.layer.name, x, given, qparams, noise)
             expected, accepted = self._expected(layer.layer, compute, arguments, codes, operands)
             if not self._outputs_visible:
                 return expected.to(torch.float32)
@@ -148,10 +151,10 @@ class _LayerComparison:
 
         return replaced
 
-    def _compare_codes(self, layer: str, x: Tensor, found: Tensor, qparams: QParams) -> None:
+    def _compare_codes(self, layer: str, x: Tensor, found: Tensor, qparams: QParams, noise: float) -> None:
         steps = (found.to(torch.float32) - quantize(x, qparams.scale, qparams.zero_point, qparams.bits)).abs()
         position = (x / qparams.scale).frac().abs()
-        tie = max(TIE, NOISE * float(x.abs().max()) / qparams.scale)
+        tie = max(TIE, noise * float(x.abs().max()) / qparams.scale)
         mismatched = int(((steps > 0) & ((position - 0.5).abs() > tie)).sum())
         self.compared += steps.numel()
         self.mismatched += mismatched
