@@ -9,10 +9,11 @@ import torch
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 
-from vitq.affine import QParams, quantize_weight, weight_qparams
+from vitq.affine import quantize_weight, weight_qparams
 from vitq.artifacts import BitPlan, Layer, LayerBits, ModelSpec
 from vitq.checkpoint import Checkpoint
 from vitq.graph import analyse, assign, capture, copy, values_at
+from vitq.quantizers import Uniform
 from vitq.rewrites import rewrite
 
 Widths = int | Callable[[Layer], int]
@@ -54,7 +55,7 @@ def make_checkpoint(
     values = values_at(
         graph.module, random_images(4, input_shape), {operand.tensor for layer in graph.layers for operand in layer.activations}
     )
-    activations: dict[str, QParams] = {}
+    activations: dict[str, Uniform] = {}
     weights, entries, dequantized = {}, [], {}
     tensors = graph.module.state_dict()
     for layer in graph.layers:
@@ -81,7 +82,7 @@ def _bits(widths: Widths, layer: Layer) -> int:
     return widths if isinstance(widths, int) else widths(layer)
 
 
-def _qparams(values: Tensor, bits: int) -> QParams:
+def _qparams(values: Tensor, bits: int) -> Uniform:
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     scale = float(np.float32(0.95 * (high - low) / (2**bits - 1)))  # less than the range: some codes are clipped
-    return QParams(scale, round(min(max(-low / scale, 0), 2**bits - 1)), bits)
+    return Uniform(scale, round(min(max(-low / scale, 0), 2**bits - 1)), bits)

@@ -11,11 +11,12 @@ import torch
 from small_models import NormThenLinear, ThreeProjections, Tokens, captured, captured_module, images, randomised
 from torch import Tensor, nn
 
-from vitq.affine import QParams, quantize_dequantize, quantize_weight
+from vitq.affine import quantize_dequantize, quantize_weight
 from vitq.artifacts import CostTable
 from vitq.gradients import error_probe, fisher_probe, probe_for, trace
 from vitq.graph import Graph, analyse, copy, run, tensor_of
 from vitq.importance import MetricOptions, Subject
+from vitq.quantizers import Uniform
 from vitq.ranges import Batches, Histogram, activation_qparams, fold, histograms, weight_ranges
 from vitq.rewrites import rewrite
 
@@ -135,9 +136,9 @@ class Case:
     graph: Graph
     histograms: dict[str, Histogram]
     batch: Tensor
-    fitted: dict[tuple[str, int], QParams] = field(default_factory=dict)
+    fitted: dict[tuple[str, int], Uniform] = field(default_factory=dict)
 
-    def qparams(self, tensor: str, bits: int) -> QParams:
+    def qparams(self, tensor: str, bits: int) -> Uniform:
         if (tensor, bits) not in self.fitted:
             self.fitted[tensor, bits] = activation_qparams(self.histograms[tensor], bits)
         return self.fitted[tensor, bits]

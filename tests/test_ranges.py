@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from small_models import NormThenLinear, Tokens, captured, captured_module, images, randomised
 from torch import Tensor
 
-from vitq.affine import QParams, choose_qparams, highest_code, quantize_dequantize, quantize_weight, weight_qparams
+from vitq.affine import choose_qparams, highest_code, quantize_dequantize, quantize_weight, weight_qparams
 from vitq.errors import InputError
+from vitq.fitting import relative_error
 from vitq.graph import values_at
-from vitq.ranges import BINS, Histogram, activation_qparams, add, channel_ranges, fold, histograms, relative_error, weight_ranges
+from vitq.quantizers import Uniform
+from vitq.ranges import BINS, Histogram, activation_qparams, add, channel_ranges, fold, histograms, weight_ranges
 from vitq.rewrites import foldable_norms, rewrite
 
 WIDTHS = range(2, 9)
@@ -287,5 +289,5 @@ def test_memory_does_not_grow_with_the_images():
 def test_qparams_are_exact_in_float32():
     for sample in SAMPLES.values():
         found = activation_qparams(histogram_of(sample), 5)
-        assert isinstance(found, QParams) and type(found.zero_point) is int
+        assert isinstance(found, Uniform) and type(found.zero_point) is int
         assert float(np.float32(found.scale)) == found.scale

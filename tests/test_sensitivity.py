@@ -19,7 +19,7 @@ from small_models import NormThenLinear, ThreeProjections, Tokens, captured, cap
 from test_output_fisher import Mixed
 from torch import Tensor, nn
 
-from vitq.affine import QParams, quantize_dequantize, quantize_weight
+from vitq.affine import quantize_dequantize, quantize_weight
 from vitq.artifacts import Layer
 from vitq.calibration.matching import match_moments
 from vitq.errors import InputError, UsageError
@@ -30,6 +30,7 @@ from vitq.importance import MetricOptions, Subject
 from vitq.importance.journal import Journal
 from vitq.importance.quantizers import Quantizers
 from vitq.importance.sensitivity import loss_increases, sensitivity
+from vitq.quantizers import Uniform
 from vitq.ranges import Batches, Histogram, activation_qparams, fold, weight_ranges
 from vitq.rewrites import rewrite
 
@@ -120,10 +121,10 @@ def quantized(graph: Graph, layer: Layer, bits: int):
     return quantize_weight(weight, *weight_ranges(weight, bits), bits)
 
 
-FITTED: dict[tuple[int, int], tuple[Histogram, QParams]] = {}
+FITTED: dict[tuple[int, int], tuple[Histogram, Uniform]] = {}
 
 
-def fitted(histogram: Histogram, bits: int) -> QParams:
+def fitted(histogram: Histogram, bits: int) -> Uniform:
     """Fitted once for each histogram, which is kept so that no other gets its id."""
     if (id(histogram), bits) not in FITTED:
         FITTED[id(histogram), bits] = histogram, activation_qparams(histogram, bits)

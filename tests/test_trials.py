@@ -8,14 +8,15 @@ import torch
 from allocation_problems import make_layer, make_profile, make_table
 from small_models import captured, images
 
-from vitq.affine import quantize_dequantize, quantize_weight
+from vitq.affine import quantize_weight
 from vitq.allocation import Wishes, allocate, lay_out
 from vitq.allocation.budgets import Budget, Whole, parse_budget
 from vitq.allocation.choices import settle
 from vitq.allocation.moves import Bits, Moves
 from vitq.artifacts import BitPlan
+from vitq.fitting import fit_operand
 from vitq.graph import values_at
-from vitq.ranges import activation_qparams, fold, weight_ranges
+from vitq.ranges import fold, weight_ranges
 from vitq.rewrites import rewrite
 from vitq.trials import Judge, audit, refine
 from vitq.trials.audit import random_plan
@@ -190,9 +191,8 @@ def test_layer_errors_are_those_of_layers_run_again():
                     weight = folded.module.get_parameter(str(argument.target))
                     read.append(quantize_weight(weight, *weight_ranges(weight, bits), bits).dequantize())
                 else:
-                    q = activation_qparams(histograms[operand.tensor], bits)
                     value = values[argument.name] if argument.op == "call_function" else x
-                    read.append(quantize_dequantize(value, q.scale, q.zero_point, bits))
+                    read.append(fit_operand(histograms[operand.tensor], bits, operand.role).quantize_dequantize(value))
             output = values[node.name]
             again = (
                 read[0] @ read[1]

@@ -13,18 +13,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class QParams:
-    """Scale and zero point of one activation tensor.
-
-    `scale` is positive and exact in float32, `zero_point` an integer in [0, 2^bits - 1], `bits` 2 to 8.
-    """
-
-    scale: float
-    zero_point: int
-    bits: int
-
-
-@dataclass(frozen=True)
 class QuantizedWeight:
     """A weight in codes, with one scale and zero point an output channel (axis 0).
 

@@ -6,6 +6,7 @@ rewritten to the same structure, and every tensor is replaced by the stored one.
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
-from vitq.affine import QParams, QuantizedWeight, highest_code, weight_codes
-from vitq.artifacts import WIDTHS, BitPlan, Layer, ModelSpec, refuse_existing, refuse_missing, write_whole
+from vitq.affine import QuantizedWeight, weight_codes
+from vitq.artifacts import BitPlan, Layer, ModelSpec, refuse_existing, refuse_missing, write_whole
 from vitq.errors import InputError
 from vitq.fakequant import fake_quantize
 from vitq.graph import Graph, assign, capture, copy
 from vitq.models import build
+from vitq.quantizers import Quantizer, from_json, to_json
 from vitq.rewrites import fold_layernorms, rewrite
 
 FORMAT = "vitq-checkpoint/1"
@@ -40,7 +42,7 @@ class Checkpoint:
     graph: Graph
     plan: BitPlan
     weights: dict[str, QuantizedWeight]
-    activations: dict[str, QParams]
+    activations: Mapping[str, Quantizer]
     made_from: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def quantized_module(self) -> GraphModule:
@@ -60,7 +62,7 @@ def save(checkpoint: Checkpoint, path: str | Path, force: bool = False) -> None:
     metadata = {
         "format": FORMAT,
         "plan": checkpoint.plan.model_dump_json(),
-        "activations": json.dumps({name: [p.scale, p.zero_point, p.bits] for name, p in checkpoint.activations.items()}),
+        "activations": json.dumps({name: to_json(quantizer) for name, quantizer in checkpoint.activations.items()}),
         "made_from": json.dumps(checkpoint.made_from),
     }
     tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
@@ -130,7 +132,7 @@ def _input_size(path: Path, spec: ModelSpec) -> tuple[int, int, int]:
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, QParams], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, Quantizer], dict[str, Any]]:
     refuse_missing(path, "vitq calibrate")
     try:
         with safe_open(path, framework="pt") as file:
@@ -140,7 +142,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, QParams], d
                 raise InputError(f"{path} is not a calibrated model of vitq (format {found!r}); `vitq calibrate` writes one")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         plan = BitPlan.model_validate_json(metadata["plan"])
-        activations = {name: _qparams(*entry) for name, entry in json.loads(metadata["activations"]).items()}
+        activations = {name: from_json(entry) for name, entry in json.loads(metadata["activations"]).items()}
         made_from = dict(json.loads(metadata.get("made_from", "{}")))
     except (SafetensorError, ValidationError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -149,14 +151,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, QParams], d
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: tensor {name!r} holds values that are not finite; run `vitq calibrate` again")
     return tensors, plan, activations, made_from
-
-
-def _qparams(scale: float, zero_point: int, bits: int) -> QParams:
-    whole = type(bits) is int and type(zero_point) is int
-    exact = isinstance(scale, float) and 0 < scale < float("inf") and torch.tensor(scale).item() == scale
-    if not (whole and exact and bits in WIDTHS and 0 <= zero_point <= highest_code(bits)):
-        raise ValueError(f"scale {scale!r}, zero point {zero_point!r} and bits {bits!r} of an activation do not go together")
-    return QParams(scale, zero_point, bits)
 
 
 def _weight(path: Path, tensors: dict[str, Tensor], layer: Layer, bits: int | None) -> QuantizedWeight:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitq.affine import QParams, choose_qparams, highest_code, weight_codes, weight_qparams
+from vitq.affine import choose_qparams, highest_code, weight_codes, weight_qparams
 from vitq.artifacts import Layer
 from vitq.errors import InputError
 from vitq.graph import Graph, run
 from vitq.graph.run import Intercept
+from vitq.quantizers import Uniform
 from vitq.rewrites import ChannelRange, couplings, fold_layernorms, foldable_norms, rescale_attention
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
@@ -162,24 +163,18 @@ def add(histogram: Histogram | None, value: Tensor, weight: Tensor | None = None
     return Histogram(histogram.low, histogram.high, histogram.counts + counts.double().cpu())
 
 
-def activation_qparams(histogram: Histogram, bits: int) -> QParams:
+def activation_qparams(histogram: Histogram, bits: int) -> Uniform:
     """Scale and zero point with the least squared error over the histogram, among ranges inside [low, high] that hold 0."""
     low, high = min(histogram.occupied[0], 0.0), max(histogram.occupied[1], 0.0)
     if high - low <= 0:
-        return QParams(1.0, 0, bits)
+        return Uniform(1.0, 0, bits)
 
     def error(lows: Tensor, highs: Tensor) -> Tensor:
         return _squared_error(histogram, *choose_qparams(lows, highs, bits), bits)
 
     best_low, best_high = _search(low, high, error)
     scale, zero_point = choose_qparams(torch.tensor(best_low), torch.tensor(best_high), bits)
-    return QParams(float(scale), int(zero_point), bits)
-
-
-def relative_error(histogram: Histogram, qparams: QParams) -> float:
-    """The power of the quantization error over that of the tensor itself, from its histogram."""
-    scale, zero_point = torch.tensor([qparams.scale]), torch.tensor([float(qparams.zero_point)])
-    return float(_squared_error(histogram, scale, zero_point, qparams.bits) / histogram.sums[2, -1].clamp(min=1e-30))
+    return Uniform(float(scale), int(zero_point), bits)
 
 
 def weight_ranges(weight: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,11 @@ from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.artifacts import BitPlan, Layer
 from vitq.calibration.matching import match_moments
 from vitq.checkpoint import Checkpoint
+from vitq.fitting import fit_operand
 from vitq.graph import Graph, assign, copy, tensor_of
 from vitq.graph.dataflow import argument
 from vitq.graph.layers import operand_nodes
-from vitq.ranges import Batches, Histogram, activation_qparams, fold, weight_ranges
+from vitq.ranges import Batches, Histogram, fold, weight_ranges
 
 
 def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
@@ -44,7 +45,7 @@ def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, 
     """
     bits = plan.bits
     activations = {
-        operand.tensor: activation_qparams(histograms[operand.tensor], bits[layer.name].activation_bits)
+        operand.tensor: fit_operand(histograms[operand.tensor], bits[layer.name].activation_bits, operand.role)
         for layer in folded.layers
         for operand in layer.activations
     }

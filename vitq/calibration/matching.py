@@ -16,22 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitq.affine import QParams, QuantizedWeight, quantize_dequantize
+from vitq.affine import QuantizedWeight
 from vitq.artifacts import Layer
 from vitq.graph import Graph, advance, start
 from vitq.graph.run import Intercept
 from vitq.moments import Moments, corrected, correction, gather
+from vitq.quantizers import Quantizer
 from vitq.ranges import Batches
 
 
 def match_moments(
-    graph: Graph, activations: Mapping[str, QParams], weights: Mapping[str, QuantizedWeight], batches: Batches
+    graph: Graph, activations: Mapping[str, Quantizer], weights: Mapping[str, QuantizedWeight], batches: Batches
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """The weights with the gains in their scales, and the biases, by layer name.
 
     Args:
         graph: the folded float graph.
-        activations: scale and zero point by `Operand.tensor`.
+        activations: their quantizers by `Operand.tensor`.
         weights: the quantized weights by layer name.
         batches: the calibration images; gone through once, each batch by the float and by the quantized network.
 
@@ -65,16 +66,16 @@ def _watch(layer: Layer, wanted: dict[str, Moments]) -> Intercept:
 
 def _correct(
     layer: Layer,
-    activations: Mapping[str, QParams],
+    activations: Mapping[str, Quantizer],
     dequantized: Mapping[str, Tensor],
     wanted: Mapping[str, Moments],
     found: dict[str, Moments],
 ) -> Intercept:
     """Runs a layer quantized, without its bias, and gives its output the moments that are wanted so far."""
-    qparams = [activations[operand.tensor] for operand in layer.activations]
+    quantizers = [activations[operand.tensor] for operand in layer.activations]
 
     def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        read = [quantize_dequantize(x, p.scale, p.zero_point, p.bits) for x, p in zip(arguments, qparams, strict=False)]
+        read = [quantizer.quantize_dequantize(x) for x, quantizer in zip(arguments, quantizers, strict=False)]
         if not layer.has_weight:
             return compute(*read)
         output = compute(*read, dequantized[layer.name], None, *arguments[3:])

@@ -19,11 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from vitq.affine import QParams, QuantizedWeight, highest_code
-from vitq.artifacts import Layer
+from vitq.affine import QuantizedWeight, highest_code
+from vitq.artifacts import Layer, Operand
 from vitq.checkpoint import Checkpoint
+from vitq.errors import UsageError
 from vitq.export.storage import Storage, function_name, unpack_function, weight_tensors
 from vitq.export.trace import DOMAIN, OPSET
+from vitq.quantizers import IntegerQuantizer, LogGrid, Uniform
+from vitq.quantizers.log_grid import TOP
 
 
 @dataclass(frozen=True)
@@ -50,23 +53,23 @@ class _Lowering:
         self._model, self._checkpoint = model, checkpoint
         self._storage: Storage = storage
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        self._codes: dict[tuple[ir.Value, QParams], ir.Value] = {}
-        self._dequantized: dict[tuple[ir.Value, QParams], ir.Value] = {}
+        self._codes: dict[tuple[ir.Value, IntegerQuantizer], ir.Value] = {}
+        self._dequantized: dict[tuple[ir.Value, IntegerQuantizer], ir.Value] = {}
         self._tape = ir.tape.Tape()
 
     def replace(self, node: ir.Node, layer: Layer) -> LoweredLayer:
         self._tape = ir.tape.Tape()
         inputs = [value for value in node.inputs if value is not None]
         operands, bias = inputs[: len(layer.activations)], inputs[len(layer.activations) :]
-        qparams = [self._checkpoint.activations[operand.tensor] for operand in layer.activations]
-        codes = [self._quantize(value, q, operand.role) for value, q, operand in zip(operands, qparams, layer.activations, strict=True)]
+        quantizers = [integer_quantizer(self._checkpoint, operand) for operand in layer.activations]
+        codes = [self._quantize(value, q, operand.role) for value, q, operand in zip(operands, quantizers, layer.activations, strict=True)]
         if layer.op == "matmul":
-            dequantized = [self._dequantize(value, q) for value, q in zip(codes, qparams, strict=True)]
+            dequantized = [self._dequantize(value, q) for value, q in zip(codes, quantizers, strict=True)]
             output = self._tape.op("MatMul", dequantized, name=layer.name)
         elif layer.op == "linear":
-            output = self._linear(layer, self._dequantize(codes[0], qparams[0]), bias, rank=len(_shape(operands[0])))
+            output = self._linear(layer, self._dequantize(codes[0], quantizers[0]), bias, rank=len(_shape(operands[0])))
         else:
-            output = self._convolution(layer, codes[0], qparams[0], bias, node)
+            output = self._convolution(layer, codes[0], quantizers[0], bias, node)
         old = node.outputs[0]
         output.shape, output.type = old.shape, old.type
         self._model.graph.insert_before(node, self._tape.nodes)
@@ -74,21 +77,38 @@ class _Lowering:
         self._model.graph.remove(node, safe=True)
         return LoweredLayer(layer, tuple(codes), output)
 
-    def _quantize(self, value: ir.Value, qparams: QParams, role: str) -> ir.Value:
-        """The codes of a tensor, made at its first reader."""
-        if (value, qparams) not in self._codes:
-            scale, zero_point = self._constant(np.float32(qparams.scale)), self._constant(np.uint8(qparams.zero_point))
-            codes = self._tape.op("QuantizeLinear", [value, scale, zero_point])
-            if not _stays_below(qparams, role):
-                codes = self._tape.op("Clip", [codes, None, self._constant(np.uint8(highest_code(qparams.bits)))])
-            self._codes[value, qparams] = codes
-        return self._codes[value, qparams]
+    def _quantize(self, value: ir.Value, quantizer: IntegerQuantizer, role: str) -> ir.Value:
+        """The integers of a tensor, made at its first reader."""
+        if (value, quantizer) not in self._codes:
+            if isinstance(quantizer, LogGrid):
+                codes = self._logarithmic(value, quantizer)
+            else:
+                codes = self._tape.op("QuantizeLinear", [value, *self._affine(quantizer.scale, quantizer.zero_point)])
+                if not _stays_below(quantizer, role):
+                    codes = self._tape.op("Clip", [codes, None, self._constant(np.uint8(highest_code(quantizer.bits)))])
+            self._codes[value, quantizer] = codes
+        return self._codes[value, quantizer]
 
-    def _dequantize(self, codes: ir.Value, qparams: QParams) -> ir.Value:
-        if (codes, qparams) not in self._dequantized:
-            scale, zero_point = self._constant(np.float32(qparams.scale)), self._constant(np.uint8(qparams.zero_point))
-            self._dequantized[codes, qparams] = self._tape.op("DequantizeLinear", [codes, scale, zero_point])
-        return self._dequantized[codes, qparams]
+    def _logarithmic(self, value: ir.Value, quantizer: LogGrid) -> ir.Value:
+        """The grid's integers: the logarithm rounded and saturated below, its power rounded and saturated above."""
+        softmax = value.producer()
+        if softmax is not None and softmax.op_type == "Softmax":
+            logarithm = self._tape.op("LogSoftmax", [softmax.inputs[0]], softmax.attributes)
+        else:
+            logarithm = self._tape.op("Log", [value])
+        step = self._affine(quantizer.step, highest_code(quantizer.bits) + quantizer.offset)
+        rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [logarithm, *step]), *step])
+        largest = np.exp(-np.float64(quantizer.step) * quantizer.offset)
+        return self._tape.op("QuantizeLinear", [self._tape.op("Exp", [rounded]), *self._affine(float(np.float32(largest / TOP)), 0)])
+
+    def _dequantize(self, codes: ir.Value, quantizer: IntegerQuantizer) -> ir.Value:
+        if (codes, quantizer) not in self._dequantized:
+            affine = self._affine(quantizer.scale, quantizer.zero_point)
+            self._dequantized[codes, quantizer] = self._tape.op("DequantizeLinear", [codes, *affine])
+        return self._dequantized[codes, quantizer]
+
+    def _affine(self, scale: float, zero_point: int) -> tuple[ir.Value, ir.Value]:
+        return self._constant(np.float32(scale)), self._constant(np.uint8(zero_point))
 
     def _linear(self, layer: Layer, x: ir.Value, bias: Sequence[ir.Value], rank: int) -> ir.Value:
         weight = self._checkpoint.weights[layer.name]
@@ -100,11 +120,11 @@ class _Lowering:
         output = self._tape.op("Add", [output, self._constant(values.reshape(1, 1, -1))])
         return self._tape.op("Squeeze", [output, self._constant(np.array([0]))]) if rank == 2 else output
 
-    def _convolution(self, layer: Layer, codes: ir.Value, qparams: QParams, bias: Sequence[ir.Value], node: ir.Node) -> ir.Value:
+    def _convolution(self, layer: Layer, codes: ir.Value, quantizer: IntegerQuantizer, bias: Sequence[ir.Value], node: ir.Node) -> ir.Value:
         weight = self._checkpoint.weights[layer.name]
-        scale = weight.scale.cpu().numpy().reshape(-1, *[1] * (weight.codes.dim() - 1)) * np.float32(qparams.scale)
+        scale = weight.scale.cpu().numpy().reshape(-1, *[1] * (weight.codes.dim() - 1)) * np.float32(quantizer.scale)
         x = self._tape.op("Cast", [codes], {"to": ir.DataType.FLOAT})
-        x = self._tape.op("Sub", [x, self._constant(np.float32(qparams.zero_point))])
+        x = self._tape.op("Sub", [x, self._constant(np.float32(quantizer.zero_point))])
         integers = self._tape.op("Cast", [self._integers(weight, transposed=False)], {"to": ir.DataType.FLOAT})
         attributes = {name: attribute for name, attribute in node.attributes.items() if name != "layer"}
         return self._tape.op("Conv", [x, self._tape.op("Mul", [integers, self._constant(scale)]), *bias], attributes, name=layer.name)
@@ -131,11 +151,26 @@ class _Lowering:
         return self._constants[key]
 
 
-def _stays_below(qparams: QParams, role: str) -> bool:
+def integer_quantizer(checkpoint: Checkpoint, operand: Operand) -> IntegerQuantizer:
+    """The quantizer of an operand, of a kind that integer kernels read.
+
+    Raises:
+        UsageError: it is of another kind.
+    """
+    quantizer = checkpoint.activations[operand.tensor]
+    if not isinstance(quantizer, Uniform | LogGrid):
+        raise UsageError(
+            f"the input {operand.tensor} is quantized by {type(quantizer).__name__}, which integer kernels do not read and export does "
+            "not write; calibrate with a recipe that exports, such as `vitq calibrate --recipe fast --force`"
+        )
+    return quantizer
+
+
+def _stays_below(quantizer: IntegerQuantizer, role: str) -> bool:
     """Whether codes cannot exceed 2^bits - 1 anyway: at 8 bits uint8 saturates; a softmax is at most 1."""
-    highest = highest_code(qparams.bits)
-    bounded = role == "post_softmax" and np.rint(np.float32(1) / np.float32(qparams.scale)) + qparams.zero_point <= highest
-    return qparams.bits == 8 or bool(bounded)
+    highest = highest_code(quantizer.bits)
+    bounded = role == "post_softmax" and np.rint(np.float32(1) / np.float32(quantizer.scale)) + quantizer.zero_point <= highest
+    return quantizer.bits == 8 or bool(bounded)
 
 
 def _shape(value: ir.Value) -> ir.Shape:

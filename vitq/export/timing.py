@@ -2,7 +2,8 @@
 
 They are lowered and finished by the code that writes real files, so they have the same ops; only their numbers are made up, and time does
 not depend on those. Weights are at 8 bits: however they are stored, onnxruntime unfolds them to int8 when it makes a session, so that
-their width is gone before the first run. An activation below 8 bits costs a Clip; a softmax is taken to need its Clip too.
+their width is gone before the first run. An activation below 8 bits costs a Clip; a softmax is taken to be quantized by its logarithm
+there, as it mostly is.
 
 Leaves out: verification, and anything about accuracy.
 """
@@ -14,13 +15,14 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from vitq.affine import QParams, QuantizedWeight, highest_code
+from vitq.affine import QuantizedWeight, highest_code
 from vitq.artifacts import BitPlan, Bits, Layer, LayerBits, ModelSpec
 from vitq.checkpoint import Checkpoint
 from vitq.export.finish import finish_file
 from vitq.export.lowering import lower
 from vitq.export.trace import DOMAIN, IR_VERSION, OPSET, trace_graph
 from vitq.graph import Graph
+from vitq.quantizers import LogGrid, Quantizer, Uniform
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,12 @@ def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> Checkpoint:
             scale = torch.full((layer.channels,), 1 / (64 * (layer.parameters / layer.channels) ** 0.5))
             weights[layer.name] = QuantizedWeight(codes, scale, torch.full((layer.channels,), 128, dtype=torch.uint8), 8)
     highest = highest_code(activation_bits)
-    plain, softmax = (float(torch.tensor(width / highest)) for width in (8.0, 0.9))
-    activations = {
-        operand.tensor: QParams(softmax, 0, activation_bits)
-        if operand.role == "post_softmax"
-        else QParams(plain, 2 ** (activation_bits - 1), activation_bits)
+    plain, softmax, octave = (float(torch.tensor(value)) for value in (8.0 / highest, 0.9 / 255, 0.7))
+    logarithmic = activation_bits < 8
+    of_softmax = LogGrid(softmax, octave, 0, activation_bits) if logarithmic else Uniform(softmax, 0, activation_bits)
+    of_others = Uniform(plain, 2 ** (activation_bits - 1), activation_bits)
+    activations: dict[str, Quantizer] = {
+        operand.tensor: of_softmax if operand.role == "post_softmax" else of_others
         for layer in graph.layers
         for operand in layer.activations
     }

@@ -4,7 +4,7 @@ The end of a deep quantized network says little: one code that flips at a roundi
 onnxruntime with every layer's codes made visible, and the captured graph is run beside it with each layer's output, once compared,
 replaced by onnxruntime's. Every layer is thus judged on the same input:
 
-1. its codes, from the float ops before it, must equal quantize(x) but for ties;
+1. its codes, from the float ops before it, must equal quantize(x) but for ties (of log-grid, the integers that stand for them);
 2. its output must be  scale (codes - zero_point) (weight codes - zero_point) + bias,  computed in float64 from onnxruntime's codes;
 3. the graph's output, from the float ops behind the last layers, must be onnxruntime's.
 
@@ -24,13 +24,14 @@ import onnx
 import torch
 from torch import Tensor
 
-from vitq.affine import QParams, quantize
+from vitq.affine import highest_code
 from vitq.artifacts import Layer
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, VerificationError
 from vitq.export.kernels import session
-from vitq.export.lowering import LoweredLayer
+from vitq.export.lowering import LoweredLayer, integer_quantizer
 from vitq.graph import run
+from vitq.quantizers import IntegerQuantizer, LogGrid
 
 TIE, NOISE = 1e-3, 3e-5
 """Codes are not compared where x is within TIE steps, or within NOISE of the tensor's largest value, of a rounding boundary.
@@ -130,13 +131,13 @@ class _LayerComparison:
             _compare_output(output, found[self._output])
 
     def _intercept(self, layer: LoweredLayer, found: dict[str, Tensor]) -> Callable[..., Tensor]:
-        operands = [self._checkpoint.activations[operand.tensor] for operand in layer.layer.activations]
+        operands = [integer_quantizer(self._checkpoint, operand) for operand in layer.layer.activations]
         codes = [found[str(value.name)] for value in layer.codes]
 
         def replaced(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            for operand, x, given, qparams in zip(layer.layer.activations, arguments, codes, operands, strict=False):
+            for operand, x, given, quantizer in zip(layer.layer.activations, arguments, codes, operands, strict=False):
                 noise = SOFTMAX_NOISE if operand.role == "post_softmax" else NOISE
-                self._compare_codes(layer.layer.name, x, given, qparams, noise)
+                self._compare_codes(layer.layer.name, x, given.to(torch.float32), quantizer, noise)
             expected, accepted = self._expected(layer.layer, compute, arguments, codes, operands)
             if not self._outputs_visible:
                 return expected.to(torch.float32)
@@ -151,25 +152,30 @@ class _LayerComparison:
 
         return replaced
 
-    def _compare_codes(self, layer: str, x: Tensor, found: Tensor, qparams: QParams, noise: float) -> None:
-        steps = (found.to(torch.float32) - quantize(x, qparams.scale, qparams.zero_point, qparams.bits)).abs()
-        position = (x / qparams.scale).frac().abs()
-        tie = max(TIE, noise * float(x.abs().max()) / qparams.scale)
-        mismatched = int(((steps > 0) & ((position - 0.5).abs() > tie)).sum())
-        self.compared += steps.numel()
+    def _compare_codes(self, layer: str, x: Tensor, found: Tensor, quantizer: IntegerQuantizer, noise: float) -> None:
+        codes, slack = quantizer.quantize(x), _slack(x, quantizer, noise)
+        ends = torch.stack([quantizer.integers(quantizer.quantize(x + side * slack)) for side in (-1, 1)])
+        neighbours = torch.stack([quantizer.integers((codes + step).clamp(0, highest_code(quantizer.bits))) for step in (-1, 0, 1)])
+        mismatched = int(((found < ends.amin(0)) | (found > ends.amax(0))).sum())
+        farther = int((found != neighbours).all(0).sum())  # a NaN equals nothing
+        self.compared += found.numel()
         self.mismatched += mismatched
-        worst = float(steps.max()) if steps.numel() else 0.0
-        if not worst <= 1 or mismatched > MISMATCH * steps.numel():  # a NaN is not <= 1
+        if farther or mismatched > MISMATCH * found.numel():
             raise VerificationError(
-                f"layer {layer}: given the same input, {mismatched} of {steps.numel()} codes differ beyond ties, up to {worst:.0f} steps; "
-                f"accepted are {MISMATCH:g} of them, by one step. {_REPORT}"
+                f"layer {layer}: given the same input, {mismatched} of {found.numel()} codes differ beyond ties, {farther} by more than "
+                f"one step; accepted are {MISMATCH:g} of them, by one step. {_REPORT}"
             )
 
     def _expected(
-        self, layer: Layer, compute: Callable[..., Tensor], arguments: Sequence[Any], codes: Sequence[Tensor], operands: Sequence[QParams]
+        self,
+        layer: Layer,
+        compute: Callable[..., Tensor],
+        arguments: Sequence[Any],
+        codes: Sequence[Tensor],
+        operands: Sequence[IntegerQuantizer],
     ) -> tuple[Tensor, Tensor]:
         """A layer's output from its codes, in float64, and by how much float32 may differ."""
-        integers = [given.to(torch.float64) - qparams.zero_point for given, qparams in zip(codes, operands, strict=True)]
+        integers = [given.to(torch.float64) - quantizer.zero_point for given, quantizer in zip(codes, operands, strict=True)]
         unit = torch.tensor(operands[0].scale, dtype=torch.float64)
         bias = torch.zeros((), dtype=torch.float64)
         if layer.has_weight:
@@ -184,6 +190,13 @@ class _LayerComparison:
             products = compute(*integers)
             unit = unit * operands[1].scale
         return products * unit + bias, ROUNDING * (products.abs().max() * unit + bias.abs())
+
+
+def _slack(x: Tensor, quantizer: IntegerQuantizer, noise: float) -> Tensor:
+    """How far x may be off, of x's shape; of a logarithm's argument, a part of itself."""
+    if isinstance(quantizer, LogGrid):
+        return x.abs() * max(TIE * quantizer.step, noise)
+    return torch.full_like(x, max(TIE * quantizer.scale, noise * float(x.abs().max()) if x.numel() else 0.0))
 
 
 _REPORT = "No file was written. This is a fault of the exporter or of onnxruntime: please report it, with the model's name and versions."

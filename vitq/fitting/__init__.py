@@ -4,16 +4,18 @@ A histogram whose counts are sums of weights makes it a weighted error (importan
 channel, have their own two functions (factors.py).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+from vitq.artifacts import Layer, Role
+from vitq.fitting.log_grid import fit_log_grid
 from vitq.fitting.logarithms import fit_adalog, fit_log2, fit_log_sqrt2
-from vitq.fitting.search import least
+from vitq.fitting.search import least, squared_error
 from vitq.fitting.twin import fit_twin_uniform
 from vitq.fitting.uniform import RANGES, fit_mse
-from vitq.quantizers import Quantizer
+from vitq.quantizers import IntegerQuantizer, Quantizer
 from vitq.ranges import Histogram
 
-__all__ = ["FITS", "RANGES", "fit"]
+__all__ = ["FITS", "RANGES", "fit", "fit_operand", "relative_error", "roles"]
 
 FITS: dict[str, Callable[[Histogram, int], Quantizer]] = {
     "uniform": fit_mse,
@@ -21,9 +23,32 @@ FITS: dict[str, Callable[[Histogram, int], Quantizer]] = {
     "log-sqrt2": fit_log_sqrt2,
     "adalog": fit_adalog,
     "twin-uniform": fit_twin_uniform,
+    "log-grid": fit_log_grid,
 }
+
+_WORTH = 0.8
+"""A logarithm costs two more ops than equal steps do: it is taken where it has at most this part of their squared error."""
 
 
 def fit(histogram: Histogram, bits: int, allowed: Collection[str] = ("uniform",)) -> Quantizer:
     """The quantizer with the least squared error over the histogram, of the kinds that are allowed (names in `FITS`)."""
     return least(histogram, [FITS[name](histogram, bits) for name in allowed])
+
+
+def fit_operand(histogram: Histogram, bits: int, role: Role) -> IntegerQuantizer:
+    """What `calibrate` quantizes an operand of a role with by default: equal steps, or a softmax's logarithm where that is worth it."""
+    uniform = fit_mse(histogram, bits)
+    if role != "post_softmax":
+        return uniform
+    logarithm = fit_log_grid(histogram, bits)
+    return logarithm if squared_error(histogram, logarithm) <= _WORTH * squared_error(histogram, uniform) else uniform
+
+
+def roles(layers: Iterable[Layer]) -> Mapping[str, Role]:
+    """The role of every activation that the layers read, by `Operand.tensor`."""
+    return {operand.tensor: operand.role for layer in layers for operand in layer.activations}
+
+
+def relative_error(histogram: Histogram, quantizer: Quantizer) -> float:
+    """The power of the quantization error over that of the tensor itself, from its histogram."""
+    return squared_error(histogram, quantizer) / max(float(histogram.sums[2, -1]), 1e-30)

@@ -29,8 +29,7 @@ def fit_percentile(histogram: Histogram, bits: int) -> Uniform:
 
 def fit_mse(histogram: Histogram, bits: int) -> Uniform:
     """The range with the least squared error (ranges.py)."""
-    found = activation_qparams(histogram, bits)
-    return Uniform(found.scale, found.zero_point, bits)
+    return activation_qparams(histogram, bits)
 
 
 RANGES: dict[str, Callable[[Histogram, int], Uniform]] = {"min-max": fit_min_max, "percentile": fit_percentile, "mse": fit_mse}

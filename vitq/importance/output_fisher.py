@@ -28,15 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq.affine import QParams, quantize_dequantize, quantize_weight
+from vitq.affine import quantize_dequantize, quantize_weight
 from vitq.artifacts import WIDTHS, Bits, CostTable, Layer
+from vitq.fitting import fit_operand, relative_error, roles
 from vitq.gradients import LayerTrace, trace
 from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
 from vitq.importance.costs import falling
 from vitq.importance.pairs import PairMoments
 from vitq.importance.subject import Subject
-from vitq.ranges import activation_qparams, relative_error, weight_ranges
+from vitq.quantizers import IntegerQuantizer, Uniform
+from vitq.ranges import weight_ranges
 
 _NEGLIGIBLE = 0.05
 """An input whose error has less than this share of its power (4 bits and more, mostly) adds nothing to a cost by its product with
@@ -136,19 +138,19 @@ class _Moments:
 class _Pricing:
     """The quantizers of every width and what they do to a batch; `negligible` says whose errors have no part in products of two."""
 
-    qparams: Mapping[str, Sequence[QParams]]
+    quantizers: Mapping[str, Sequence[IntegerQuantizer]]
     negligible: Mapping[str, Sequence[bool]]
     weight_changes: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, subject: Subject) -> "_Pricing":
         """Fits the quantizers of a subject."""
-        found = subject.histograms
-        qparams = {tensor: [activation_qparams(histogram, width) for width in subject.bits] for tensor, histogram in found.items()}
+        found, role = subject.histograms, roles(subject.graph.layers)
+        quantizers = {tensor: [fit_operand(held, width, role[tensor]) for width in subject.bits] for tensor, held in found.items()}
         weighted = [layer for layer in subject.graph.layers if layer.has_weight]
         return cls(
-            qparams,
-            {tensor: [relative_error(found[tensor], q) < _NEGLIGIBLE for q in fitted] for tensor, fitted in qparams.items()},
+            quantizers,
+            {tensor: [relative_error(found[tensor], q) < _NEGLIGIBLE for q in fitted] for tensor, fitted in quantizers.items()},
             {layer.name: _weight_changes(subject.graph, layer, subject.bits) for layer in weighted},
         )
 
@@ -181,8 +183,8 @@ class _Pricing:
         errors[:, 1:, 0] = from_weight
         some = slice(None, None, max(1, min(round(_TOKENS_APART * x.shape[1]), len(x) * x.shape[1] // _FEWEST_ROWS)))
         sampled = [x.flatten(0, 1)[some] - mean]
-        for column, (qparams, negligible) in enumerate(zip(self.qparams[tensor], self.negligible[tensor], strict=True), start=1):
-            _quantize(x, qparams, read)
+        for column, (quantizer, negligible) in enumerate(zip(self.quantizers[tensor], self.negligible[tensor], strict=True), start=1):
+            _quantize(x, quantizer, read)
             mean = read.mean((0, 1))
             errors[:, 0, column] = through_weight(read, mean) - output
             errors[:, 1:, column] = errors[:, 0, column, None] + (from_weight if negligible else through_change(read, mean))
@@ -201,8 +203,8 @@ class _Pricing:
         errors = x.new_zeros(images, len(dw) + 1, len(dw) + 1)
         for row, change in enumerate(dw, start=1):
             errors[:, row, 0] = product(x, change)
-        for column, qparams in enumerate(self.qparams[traced.layer.operands[0].tensor], start=1):
-            dx = _quantize(x, qparams, torch.empty_like(x)).sub_(x)
+        for column, quantizer in enumerate(self.quantizers[traced.layer.operands[0].tensor], start=1):
+            dx = _quantize(x, quantizer, torch.empty_like(x)).sub_(x)
             errors[:, 0, column] = product(dx, weight)
             # The product of both errors is run for equal widths only, and taken for the pairs around it; it is of second order.
             errors[:, 1:, column] = errors[:, 1:, 0] + (errors[:, 0, column] + product(dx, dw[column - 1]))[:, None]
@@ -212,7 +214,7 @@ class _Pricing:
         """Of a matmul, whose two inputs have one width, on the diagonal."""
         (left, right), (left_gradient, right_gradient) = traced.inputs, traced.input_gradients
         one, other = (operand.tensor for operand in traced.layer.operands)
-        widths = len(self.qparams[one])
+        widths = len(self.quantizers[one])
         errors = left.new_zeros(images, widths + 1, widths + 1)
         read_left, read_right, scratch = torch.empty_like(left), torch.empty_like(right), torch.empty_like(left)
 
@@ -221,8 +223,8 @@ class _Pricing:
 
         whole = first_order(left, right)
         for index in range(widths):
-            _quantize(left, self.qparams[one][index], read_left)
-            _quantize(right, self.qparams[other][index], read_right)
+            _quantize(left, self.quantizers[one][index], read_left)
+            _quantize(right, self.quantizers[other][index], read_right)
             error = first_order(read_left, read_right) - whole
             if not (self.negligible[one][index] or self.negligible[other][index]):
                 error += _dot(traced.gradient, read_left.sub_(left) @ read_right.sub_(right), images)
@@ -230,8 +232,11 @@ class _Pricing:
         return _Products(errors, left.new_zeros(images), None)
 
 
-def _quantize(x: Tensor, qparams: QParams, out: Tensor) -> Tensor:
-    return quantize_dequantize(x, qparams.scale, qparams.zero_point, qparams.bits, out=out)
+def _quantize(x: Tensor, quantizer: IntegerQuantizer, out: Tensor) -> Tensor:
+    """X as a layer reads it, into `out`: equal steps need no other memory."""
+    if isinstance(quantizer, Uniform):
+        return quantize_dequantize(x, quantizer.scale, quantizer.zero_point, quantizer.bits, out=out)
+    return out.copy_(quantizer.quantize_dequantize(x))
 
 
 def _weight_changes(graph: Graph, layer: Layer, bits: Sequence[int]) -> Tensor:

@@ -6,35 +6,37 @@ from typing import Any
 
 from torch import Tensor
 
-from vitq.affine import QParams, QuantizedWeight, quantize_dequantize, quantize_weight
+from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.artifacts import Layer, Operand
+from vitq.fitting import fit_operand, relative_error, roles
 from vitq.graph import tensor_of
 from vitq.graph.layers import operand_nodes
 from vitq.importance.subject import Subject
-from vitq.ranges import activation_qparams, relative_error, weight_ranges
+from vitq.quantizers import IntegerQuantizer
+from vitq.ranges import weight_ranges
 
 
 @dataclass(frozen=True)
 class Quantizers:
-    """Fitted quantizers: scale and zero point of activations by (`Operand.tensor`, width), weights in codes by (layer name, width)."""
+    """Fitted quantizers: those of activations by (`Operand.tensor`, width), weights in codes by (layer name, width)."""
 
-    activations: Mapping[tuple[str, int], QParams]
+    activations: Mapping[tuple[str, int], IntegerQuantizer]
     weights: Mapping[tuple[str, int], QuantizedWeight]
 
     @classmethod
     def of(cls, subject: Subject, bits: Collection[int]) -> "Quantizers":
         """Fits the quantizers of a subject at the widths `bits`."""
-        graph = subject.graph
+        graph, role = subject.graph, roles(subject.graph.layers)
         weights = {layer.name: layer_weight(subject, layer) for layer in graph.layers if layer.has_weight}
         return cls(
-            {(tensor, width): activation_qparams(found, width) for tensor, found in subject.histograms.items() for width in bits},
+            {(tensor, width): fit_operand(found, width, role[tensor]) for tensor, found in subject.histograms.items() for width in bits},
             {(name, width): quantize_weight(w, *weight_ranges(w, width), width) for name, w in weights.items() for width in bits},
         )
 
     def read(self, layer: Layer, inputs: Sequence[Tensor], bits: int) -> list[Tensor]:
         """A layer's activations as it reads them at a width, `inputs` being its arguments."""
         found = [self.activations[operand.tensor, bits] for operand in layer.activations]
-        return [quantize_dequantize(x, q.scale, q.zero_point, q.bits) for x, q in zip(inputs, found, strict=False)]
+        return [quantizer.quantize_dequantize(x) for x, quantizer in zip(inputs, found, strict=False)]
 
     def output(
         self, layer: Layer, compute: Callable[..., Tensor], arguments: Sequence[Any], weight_bits: int | None, activation_bits: int | None

@@ -16,18 +16,23 @@ from torch import Tensor
 
 from vitq.quantizers.adalog import AdaLog
 from vitq.quantizers.log2 import Log2
+from vitq.quantizers.log_grid import LogGrid
 from vitq.quantizers.log_sqrt2 import LogSqrt2
 from vitq.quantizers.power_of_two_factor import PowerOfTwoFactor
 from vitq.quantizers.twin_uniform import TwinUniform
 from vitq.quantizers.uniform import Uniform
 
-__all__ = ["QUANTIZERS", "AdaLog", "Log2", "LogSqrt2", "PowerOfTwoFactor", "Quantizer", "TwinUniform", "Uniform", "from_json", "to_json"]
+__all__ = [
+    "QUANTIZERS", "AdaLog", "IntegerQuantizer", "Log2", "LogGrid", "LogSqrt2", "PowerOfTwoFactor", "Quantizer", "TwinUniform", "Uniform",
+    "from_json", "to_json",
+]  # fmt: skip
 
 
 class Quantizer(Protocol):
     """What every entry of `QUANTIZERS` offers; tests/test_quantizers.py holds each to the promises below.
 
-    A higher value never gets a lower x^, x^ itself is kept, and a value of any size, 0 and infinities included, has a code.
+    A higher value never gets a lower x^, x^ itself is kept (but for log-grid's smallest), and a value of any size, 0 and infinities
+    included, has a code.
     """
 
     @property
@@ -48,12 +53,31 @@ class Quantizer(Protocol):
         ...
 
 
+class IntegerQuantizer(Quantizer, Protocol):
+    """A quantizer that integer kernels can read: x^ = scale (integers - zero_point), the integers being uint8."""
+
+    @property
+    def scale(self) -> float:
+        """What one step of the integers is worth."""
+        ...
+
+    @property
+    def zero_point(self) -> int:
+        """The integer that stands for 0, in 0..255."""
+        ...
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """The integers of codes, whole float32 numbers in 0..255, of the codes' shape."""
+        ...
+
+
 QUANTIZERS: dict[str, type[Any]] = {
     "uniform": Uniform,
     "log2": Log2,
     "log-sqrt2": LogSqrt2,
     "adalog": AdaLog,
     "twin-uniform": TwinUniform,
+    "log-grid": LogGrid,
     "power-of-two-factor": PowerOfTwoFactor,
 }
 

@@ -28,6 +28,10 @@ class Uniform:
         """The codes of x."""
         return affine.quantize(x, self.scale, self.zero_point, self.bits)
 
+    def integers(self, codes: Tensor) -> Tensor:
+        """The codes themselves, which integer kernels read."""
+        return codes
+
     def dequantize(self, codes: Tensor) -> Tensor:
         """The values of codes."""
         return (codes - self.zero_point) * self.scale

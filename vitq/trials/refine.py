@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitq.affine import quantize_dequantize, quantize_weight
+from vitq.affine import quantize_weight
 from vitq.allocation.moves import Bits, Moves, Unit
 from vitq.artifacts import Layer
+from vitq.fitting import fit_operand, roles
 from vitq.graph import Graph, run
 from vitq.graph.run import Intercept
-from vitq.ranges import Batches, Histogram, activation_qparams, weight_ranges
+from vitq.ranges import Batches, Histogram, weight_ranges
 from vitq.trials.audit import Loss
 
 Errors = Mapping[str, Mapping[int, float]]
@@ -93,7 +94,8 @@ def layer_errors(graph: Graph, histograms: Mapping[str, Histogram], batches: Bat
     """
     errors = {layer.name: dict.fromkeys(widths, 0.0) for layer in graph.layers}
     powers = dict.fromkeys(errors, 0.0)
-    qparams = {tensor: {width: activation_qparams(found, width) for width in widths} for tensor, found in histograms.items()}
+    role = roles(graph.layers)
+    quantizers = {tensor: {width: fit_operand(found, width, role[tensor]) for width in widths} for tensor, found in histograms.items()}
 
     def watch(layer: Layer) -> Intercept:
         weights: dict[int, Tensor] = {}
@@ -104,8 +106,7 @@ def layer_errors(graph: Graph, histograms: Mapping[str, Histogram], batches: Bat
             for width in widths:
                 read = list(arguments)
                 for index, operand in enumerate(layer.activations):
-                    q = qparams[operand.tensor][width]
-                    read[index] = quantize_dequantize(arguments[index], q.scale, q.zero_point, width)
+                    read[index] = quantizers[operand.tensor][width].quantize_dequantize(arguments[index])
                 if layer.has_weight:
                     if width not in weights:
                         weights[width] = quantize_weight(arguments[1], *weight_ranges(arguments[1], width), width).dequantize()
