@@ -179,7 +179,7 @@ def test_layer_errors_are_those_of_layers_run_again():
     graph = rewrite(captured("vit")[1])
     x = images(4, 32)
     folded, histograms = fold(graph, [(x, None)])
-    found = layer_errors(folded, histograms, [(x[:2], None), (x[2:], None)], (2, 4))
+    found = layer_errors(folded, histograms, {}, [(x[:2], None), (x[2:], None)], (2, 4))
     assert set(found) == {layer.name for layer in folded.layers}
     for layer in folded.layers:
         node = folded.layer_node(layer.name)

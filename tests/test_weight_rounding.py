@@ -7,16 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import captured, images
 from torch import Tensor
 
 from vitq.affine import QuantizedWeight, quantize_weight, weight_codes
-from vitq.calibration import compensation
-from vitq.calibration.compensation import compensated
-from vitq.calibration.halves import halved, refined
-from vitq.calibration.inputs import InputMoments, ridged
-from vitq.calibration.ridge import absorbed
 from vitq.calibration.rounding import beta_at, first_variables, fraction, penalty, rounded, softly_rounded
+from vitq.fitting import compensation, fit_weights, input_covariances
+from vitq.fitting.compensation import compensated
+from vitq.fitting.halves import halved, refined
+from vitq.fitting.inputs import InputMoments, ridged
+from vitq.fitting.ridge import absorbed
+from vitq.graph import tensor_of, values_at
 from vitq.ranges import weight_ranges
+from vitq.rewrites import rewrite
 
 torch.set_num_threads(1)  # the matrices are small
 
@@ -103,7 +106,7 @@ def test_compensation_is_the_column_loop_with_the_inverse(bits: int, block: int,
     for seed in range(4):
         weight, x = problem(seed, inputs=30)
         qparams = weight_ranges(weight, bits)
-        expected = brain_surgeon(weight, ridged(second_moment(x), 0.01), *qparams, bits)
+        expected = brain_surgeon(weight, ridged(second_moment(x), 0.1), *qparams, bits)
         assert np.array_equal(compensated(weight, second_moment(x), *qparams, bits).codes.numpy(), expected)
 
 
@@ -180,7 +183,7 @@ def test_inputs_that_never_come_change_nothing(name: str):
     weight, x = problem(6)
     qparams = weight_ranges(weight, 4)
     x[:, ::3] = 0.0
-    found = ROUNDINGS[name](weight, second_moment(x), *qparams, 4)
+    found = ROUNDINGS[name](weight, second_moment(x), *qparams, 4, 0.01)
     alone = [column for column in range(weight.shape[1]) if column % 3]
     assert torch.equal(found.codes[:, ::3], nearest(weight, 4).codes[:, ::3])
     assert output_error(weight, found.dequantize(), x) < output_error(weight, nearest(weight, 4).dequantize(), x)
@@ -296,3 +299,38 @@ def test_learned_rounding_has_less_output_error_and_settles():
         assert float(((fraction(variables) - 0.5).abs() > 0.45).float().mean()) > 0.95
         ratios.append(output_error(weight, found.dequantize(), x) / output_error(weight, nearest(weight, 3).dequantize(), x))
     assert max(ratios) < 0.75
+
+
+def test_widths_rounded_together_are_those_rounded_alone():
+    weight, x = problem(8)
+    qparams = [weight_ranges(weight, bits) for bits in WIDTHS]
+    together = compensation.compensated_widths(weight, second_moment(x), qparams, list(WIDTHS))
+    for bits, pair, found in zip(WIDTHS, qparams, together, strict=True):
+        alone = compensated(weight, second_moment(x), *pair, bits)
+        assert torch.equal(found.codes, alone.codes) and found.bits == bits and torch.equal(found.scale, alone.scale)
+
+
+def test_covariances_are_those_of_what_the_linears_read():
+    graph = rewrite(captured("vit")[1])
+    x = images(6, 32)
+    found = input_covariances(graph, [(x[:2], None), (x[2:], None)])
+    linears = [layer for layer in graph.layers if layer.op == "linear"]
+    assert set(found) == {layer.name for layer in linears}
+    read = {layer.name: graph.layer_node(layer.name).args[0] for layer in linears}
+    values = values_at(graph.module, x, [node.name for node in read.values()])
+    for name, node in read.items():
+        rows = values[node.name].reshape(-1, values[node.name].shape[-1]).double()
+        assert torch.allclose(found[name].double(), torch.cov(rows.T, correction=0), atol=1e-4 * float(rows.var(0).max()))
+
+
+def test_a_layer_whose_inputs_are_known_is_compensated():
+    graph = rewrite(captured("vit")[1])
+    covariances = input_covariances(graph, [(images(6, 32), None)])
+    name = next(layer.name for layer in graph.layers if layer.type == "fc2")
+    weight = tensor_of(graph.module, graph.layer_node(name).args[1])
+    for (bits, found), to_nearest in zip(
+        zip((3, 8), fit_weights(graph, covariances, name, (3, 8)), strict=True), fit_weights(graph, {}, name, (3, 8)), strict=True
+    ):
+        expected = compensated(weight, covariances[name], *weight_ranges(weight, bits), bits)
+        assert torch.equal(found.codes, expected.codes) and torch.equal(to_nearest.codes, nearest(weight, bits).codes)
+        assert not torch.equal(found.codes, to_nearest.codes)

@@ -1,20 +1,21 @@
 """Recipe `fast`: minutes, no gradients.
 
-LayerNorms folded to common channel ranges; weights per output channel and activations per tensor with least-squares ranges; then every
+LayerNorms folded to common channel ranges; weights per output channel and activations per tensor with least-squares ranges, softmax
+outputs by their logarithm where that is better; weights rounded so that later columns make up for earlier ones' errors; then every
 output channel gets back the mean and the spread that it has in the float network (matching.py).
 """
 
 from collections.abc import Mapping
 
-from vitq.affine import QuantizedWeight, quantize_weight
-from vitq.artifacts import BitPlan, Layer
+from torch import Tensor
+
+from vitq.artifacts import BitPlan
 from vitq.calibration.matching import match_moments
 from vitq.checkpoint import Checkpoint
-from vitq.fitting import fit_operand
-from vitq.graph import Graph, assign, copy, tensor_of
+from vitq.fitting import fit_operand, fit_weights, input_covariances
+from vitq.graph import Graph, assign, copy
 from vitq.graph.dataflow import argument
-from vitq.graph.layers import operand_nodes
-from vitq.ranges import Batches, Histogram, fold, weight_ranges
+from vitq.ranges import Batches, Histogram, fold
 
 
 def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
@@ -23,22 +24,31 @@ def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: boo
     Args:
         graph: the captured graph after `rewrite`.
         plan: bits of every layer; checked against the graph's layers.
-        batches: the calibration images; gone through three times.
+        batches: the calibration images; gone through four times.
         symmetric: weights without zero points, at every width.
 
     Raises:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    return fit_fast(*fold(graph, batches), plan, batches, symmetric)
+    folded, histograms = fold(graph, batches)
+    return fit_fast(folded, histograms, input_covariances(folded, batches), plan, batches, symmetric)
 
 
-def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
+def fit_fast(
+    folded: Graph,
+    histograms: Mapping[str, Histogram],
+    covariances: Mapping[str, Tensor],
+    plan: BitPlan,
+    batches: Batches,
+    symmetric: bool = False,
+) -> Checkpoint:
     """The recipe from the folded graph on, which does not depend on the plan: one fold serves many plans.
 
     Args:
         folded: the folded graph (`ranges.fold`).
         histograms: of its activations, by `Operand.tensor`.
+        covariances: of its linears' inputs, by layer name (`input_covariances`).
         plan: bits of every layer.
         batches: the calibration images; gone through once.
         symmetric: weights without zero points, at every width.
@@ -50,7 +60,9 @@ def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, 
         for operand in layer.activations
     }
     weights = {
-        layer.name: _quantized(folded, layer, bits[layer.name].weight_bits, symmetric) for layer in folded.layers if layer.has_weight
+        layer.name: fit_weights(folded, covariances, layer.name, [width], symmetric)[0]
+        for layer in folded.layers
+        if (width := bits[layer.name].weight_bits) is not None
     }
     weights, biases = match_moments(folded, activations, weights, batches)
     module = copy(folded)
@@ -59,9 +71,3 @@ def fit_fast(folded: Graph, histograms: Mapping[str, Histogram], plan: BitPlan, 
     assign(module, tensors)
     module.recompile()
     return Checkpoint(Graph(module, folded.input_shape, folded.layers, folded.nodes, folded.blocks), plan, weights, activations)
-
-
-def _quantized(graph: Graph, layer: Layer, bits: int | None, symmetric: bool) -> QuantizedWeight:
-    assert bits is not None
-    weight = tensor_of(graph.module, operand_nodes(graph.layer_node(layer.name))[1])
-    return quantize_weight(weight, *weight_ranges(weight, bits, symmetric), bits)

@@ -139,7 +139,7 @@ def _judge(
     terminal.note(f"measuring plans on {held_out.num_listed} images ...")
     trials = Trials.of(loaded, fitting, held_out, device)
     judge = Judge(search, budgets, trials.loss)
-    return judge, lambda: layer_errors(trials.graph, trials.histograms, fitting, search.candidates)
+    return judge, lambda: layer_errors(trials.graph, trials.histograms, trials.covariances, fitting, search.candidates)
 
 
 def refinement_lines(found: "Refinement") -> list[str]:

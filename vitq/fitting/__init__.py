@@ -1,7 +1,7 @@
 """Fits quantizers to what a tensor holds, told by its histogram: the least squared error among a kind's parameters.
 
 A histogram whose counts are sums of weights makes it a weighted error (importance.py). The power-of-two factors, which need every
-channel, have their own two functions (factors.py).
+channel, have their own two functions (factors.py). Weights are rounded by what the layer reads (weights.py).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,10 +12,11 @@ from vitq.fitting.logarithms import fit_adalog, fit_log2, fit_log_sqrt2
 from vitq.fitting.search import least, squared_error
 from vitq.fitting.twin import fit_twin_uniform
 from vitq.fitting.uniform import RANGES, fit_mse
+from vitq.fitting.weights import fit_weights, input_covariances
 from vitq.quantizers import IntegerQuantizer, Quantizer
 from vitq.ranges import Histogram
 
-__all__ = ["FITS", "RANGES", "fit", "fit_operand", "relative_error", "roles"]
+__all__ = ["FITS", "RANGES", "fit", "fit_operand", "fit_weights", "input_covariances", "relative_error", "roles"]
 
 FITS: dict[str, Callable[[Histogram, int], Quantizer]] = {
     "uniform": fit_mse,

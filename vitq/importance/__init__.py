@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vitq.artifacts import WIDTHS, CostTable, Profile
 from vitq.errors import UsageError
+from vitq.fitting import input_covariances
 from vitq.graph import Graph
 from vitq.images import Images
 from vitq.importance.controls import random, uniform
@@ -77,7 +78,9 @@ def profile(
     graph, spec = prepare(model, device)
     folded, histograms = fold(graph, images)
     kept_in = None if journal is None else Path(journal)
-    subject = Subject(folded, histograms, images, tuple(widths), spec.num_classes, seed, options or MetricOptions(), kept_in)
+    covariances = input_covariances(folded, images)
+    chosen = options or MetricOptions()
+    subject = Subject(folded, histograms, images, tuple(widths), spec.num_classes, seed, chosen, kept_in, covariances)
     costs = {name: METRICS[name](subject) for name in metrics}
     return Profile(
         model=spec,

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq.affine import quantize_dequantize, quantize_weight
+from vitq.affine import quantize_dequantize
 from vitq.artifacts import WIDTHS, Bits, CostTable, Layer
-from vitq.fitting import fit_operand, relative_error, roles
+from vitq.fitting import fit_operand, fit_weights, relative_error, roles
 from vitq.gradients import LayerTrace, trace
 from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
@@ -38,7 +38,6 @@ from vitq.importance.costs import falling
 from vitq.importance.pairs import PairMoments
 from vitq.importance.subject import Subject
 from vitq.quantizers import IntegerQuantizer, Uniform
-from vitq.ranges import weight_ranges
 
 _NEGLIGIBLE = 0.05
 """An input whose error has less than this share of its power (4 bits and more, mostly) adds nothing to a cost by its product with
@@ -151,7 +150,7 @@ class _Pricing:
         return cls(
             quantizers,
             {tensor: [relative_error(found[tensor], q) < _NEGLIGIBLE for q in fitted] for tensor, fitted in quantizers.items()},
-            {layer.name: _weight_changes(subject.graph, layer, subject.bits) for layer in weighted},
+            {layer.name: _weight_changes(subject, layer) for layer in weighted},
         )
 
     def products(self, traced: LayerTrace, images: int) -> _Products:
@@ -239,10 +238,11 @@ def _quantize(x: Tensor, quantizer: IntegerQuantizer, out: Tensor) -> Tensor:
     return out.copy_(quantizer.quantize_dequantize(x))
 
 
-def _weight_changes(graph: Graph, layer: Layer, bits: Sequence[int]) -> Tensor:
+def _weight_changes(subject: Subject, layer: Layer) -> Tensor:
     """W^ - W at each width, (widths, *weight's shape)."""
-    weight = tensor_of(graph.module, operand_nodes(graph.layer_node(layer.name))[1])
-    return torch.stack([quantize_weight(weight, *weight_ranges(weight, width), width).dequantize() - weight for width in bits])
+    weight = tensor_of(subject.graph.module, operand_nodes(subject.graph.layer_node(layer.name))[1])
+    fitted = fit_weights(subject.graph, subject.covariances, layer.name, subject.bits)
+    return torch.stack([quantized.dequantize() - weight for quantized in fitted])
 
 
 def _spread(inputs: Sequence[Tensor], weight: Tensor, dw: Tensor) -> Tensor:

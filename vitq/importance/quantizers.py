@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vitq.affine import QuantizedWeight, quantize_weight
+from vitq.affine import QuantizedWeight
 from vitq.artifacts import Layer, Operand
-from vitq.fitting import fit_operand, relative_error, roles
+from vitq.fitting import fit_operand, fit_weights, relative_error, roles
 from vitq.graph import tensor_of
 from vitq.graph.layers import operand_nodes
 from vitq.importance.subject import Subject
 from vitq.quantizers import IntegerQuantizer
-from vitq.ranges import weight_ranges
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,11 @@ class Quantizers:
     def of(cls, subject: Subject, bits: Collection[int]) -> "Quantizers":
         """Fits the quantizers of a subject at the widths `bits`."""
         graph, role = subject.graph, roles(subject.graph.layers)
-        weights = {layer.name: layer_weight(subject, layer) for layer in graph.layers if layer.has_weight}
+        widths = sorted(bits)
+        weights = {layer.name: fit_weights(graph, subject.covariances, layer.name, widths) for layer in graph.layers if layer.has_weight}
         return cls(
             {(tensor, width): fit_operand(found, width, role[tensor]) for tensor, found in subject.histograms.items() for width in bits},
-            {(name, width): quantize_weight(w, *weight_ranges(w, width), width) for name, w in weights.items() for width in bits},
+            {(name, weight.bits): weight for name, found in weights.items() for weight in found},
         )
 
     def read(self, layer: Layer, inputs: Sequence[Tensor], bits: int) -> list[Tensor]:

@@ -267,6 +267,7 @@ def _header(subject: Subject) -> dict[str, Any]:
         "graph": subject.graph.digest,
         "weights": weights.hexdigest(),
         "histograms": ranges.hexdigest(),
+        "rounding": "compensated" if subject.covariances else "nearest",
         "loss": subject.options.sensitivity_loss,
         "baseline": subject.options.sensitivity_baseline,
         "bits": list(subject.bits),

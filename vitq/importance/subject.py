@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from vitq.artifacts import MetricOptions
 from vitq.gradients import Probe, probe_for
 from vitq.graph import Graph
@@ -17,6 +19,7 @@ class Subject:
     `graph` is the folded graph (`ranges.fold`), whose layers and values are those that calibration starts from; `histograms` are those
     of its activations, by `Operand.tensor`; `batches` the images, with labels where the source has them; `bits` the widths, ascending;
     `num_classes` is 0 for a backbone. A metric that takes long appends its results to `journal` as they come and goes on from there.
+    `covariances` are those of linears' inputs, by layer name, with which `calibrate` rounds weights; without one, to nearest.
     """
 
     graph: Graph
@@ -27,6 +30,7 @@ class Subject:
     seed: int = 0
     options: MetricOptions = field(default_factory=MetricOptions)
     journal: Path | None = None
+    covariances: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def probe(self) -> Probe:

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitq.affine import quantize_weight
 from vitq.allocation.moves import Bits, Moves, Unit
 from vitq.artifacts import Layer
-from vitq.fitting import fit_operand, roles
+from vitq.fitting import fit_operand, fit_weights, roles
 from vitq.graph import Graph, run
 from vitq.graph.run import Intercept
-from vitq.ranges import Batches, Histogram, weight_ranges
+from vitq.ranges import Batches, Histogram
 from vitq.trials.audit import Loss
 
 Errors = Mapping[str, Mapping[int, float]]
@@ -83,12 +82,15 @@ def refine(start: Bits, moves: Moves, errors: Errors, measure: Loss, patience: i
     return Refinement(bits, best, first, tuple(steps))
 
 
-def layer_errors(graph: Graph, histograms: Mapping[str, Histogram], batches: Batches, widths: Sequence[int]) -> dict[str, dict[int, float]]:
+def layer_errors(
+    graph: Graph, histograms: Mapping[str, Histogram], covariances: Mapping[str, Tensor], batches: Batches, widths: Sequence[int]
+) -> dict[str, dict[int, float]]:
     """E_l(B) of every layer at every width, with the quantizers that calibration uses.
 
     Args:
         graph: the folded graph.
         histograms: of its activations, by `Operand.tensor`.
+        covariances: of its linears' inputs, by layer name.
         batches: gone through once; a few dozen images tell enough.
         widths: the candidate widths.
     """
@@ -98,7 +100,8 @@ def layer_errors(graph: Graph, histograms: Mapping[str, Histogram], batches: Bat
     quantizers = {tensor: {width: fit_operand(found, width, role[tensor]) for width in widths} for tensor, found in histograms.items()}
 
     def watch(layer: Layer) -> Intercept:
-        weights: dict[int, Tensor] = {}
+        fitted = fit_weights(graph, covariances, layer.name, widths) if layer.has_weight else []
+        weights = {weight.bits: weight.dequantize() for weight in fitted}
 
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
             output = compute(*arguments)
@@ -108,8 +111,6 @@ def layer_errors(graph: Graph, histograms: Mapping[str, Histogram], batches: Bat
                 for index, operand in enumerate(layer.activations):
                     read[index] = quantizers[operand.tensor][width].quantize_dequantize(arguments[index])
                 if layer.has_weight:
-                    if width not in weights:
-                        weights[width] = quantize_weight(arguments[1], *weight_ranges(arguments[1], width), width).dequantize()
                     read[1] = weights[width]
                 errors[layer.name][width] += float((compute(*read) - output).double().square().sum())
             return output

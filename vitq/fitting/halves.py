@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitq.affine import QuantizedWeight, weight_codes
-from vitq.calibration.inputs import ridged
+from vitq.fitting.inputs import ridged
 
 _FLIPS = 100  # a row and half, at most
 

@@ -12,7 +12,7 @@ inputs' mean square, not absolute.
 import torch
 from torch import Tensor
 
-from vitq.calibration.inputs import ridged
+from vitq.fitting.inputs import ridged
 
 
 def absorbed(weight: Tensor, second_moment: Tensor, cross_moment: Tensor, ridge: float = 0.01) -> Tensor:

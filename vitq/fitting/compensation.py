@@ -11,42 +11,53 @@ Differs from the paper: columns go in the order of falling input power, as in th
 as in ERQ (Zhong et al., ICML 2024); the scales are given and fixed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from vitq.affine import QuantizedWeight, quantize_weight
-from vitq.calibration.inputs import ridged
+from vitq.affine import QuantizedWeight, weight_codes
+from vitq.fitting.inputs import ridged
 
-_BLOCK = 128  # columns
+_BLOCK = 32  # columns
 
 
-def compensated(
-    weight: Tensor, second_moment: Tensor, scale: Tensor, zero_point: Tensor, bits: int, ridge: float = 0.01
-) -> QuantizedWeight:
+def compensated(weight: Tensor, second_moment: Tensor, scale: Tensor, zero_point: Tensor, bits: int, ridge: float = 0.1) -> QuantizedWeight:
     """The codes of a linear's weight whose output errors are made up for within each row.
 
     Args:
         weight: (O, I) float32.
-        second_moment: of the inputs that the layer reads, (I, I) (`InputMoments.quantized_covariance`).
+        second_moment: of the inputs that the layer reads, (I, I) (`InputMoments.quantized_covariance`, `input_covariances`).
         scale: (O,) float32.
         zero_point: (O,).
         bits: 2 to 8.
         ridge: lambda, in units of the inputs' mean square.
     """
+    return compensated_widths(weight, second_moment, [(scale, zero_point)], [bits], ridge)[0]
+
+
+def compensated_widths(
+    weight: Tensor, second_moment: Tensor, qparams: Sequence[tuple[Tensor, Tensor]], bits: Sequence[int], ridge: float = 0.1
+) -> list[QuantizedWeight]:
+    """The same at many widths at once, `qparams` being scale and zero point at each of `bits`: they share the matrix and its factor."""
     order = second_moment.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(ridged(second_moment, ridge)[order][:, order])
-    columns = weight.T.double()[order]  # (I, O): a column of the weight is a row here
+    columns = weight.T.double()[order].repeat(1, len(bits))  # (I, widths O): a column of the weight is a row here
+    scale, zero_point = (torch.cat(parts).double() for parts in zip(*qparams, strict=True))
+    lowest, highest = torch.tensor([weight_codes(width) for width in bits], device=weight.device).repeat_interleave(len(weight), 0).T
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
     for first in range(0, len(columns), _BLOCK):
         last = min(first + _BLOCK, len(columns))
         errors = columns.new_zeros(last - first, columns.shape[1])
         for i in range(first, last):
-            rounded = quantize_weight(columns[i].float(), scale, zero_point, bits)
-            codes[i] = rounded.codes
-            errors[i - first] = (columns[i] - rounded.dequantize()) / factor[i, i]
+            code = (columns[i] / scale).round_().add_(zero_point).clamp_(lowest, highest)
+            codes[i] = code
+            errors[i - first] = (columns[i] - (code - zero_point) * scale) / factor[i, i]
             columns[i + 1 : last] -= torch.outer(factor[i, i + 1 : last], errors[i - first])
         columns[last:] -= factor[first:last, last:].T @ errors
-    return QuantizedWeight(codes[order.argsort()].T.contiguous(), scale, zero_point.to(torch.uint8), bits)
+    found = codes[order.argsort()].T.contiguous().split(len(weight))
+    rounded = zip(found, qparams, bits, strict=True)
+    return [QuantizedWeight(some, scale, zero_point.to(torch.uint8), width) for some, (scale, zero_point), width in rounded]
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor:
