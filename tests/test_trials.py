@@ -13,12 +13,13 @@ from vitq.allocation import Wishes, allocate, lay_out
 from vitq.allocation.budgets import Budget, Whole, parse_budget
 from vitq.allocation.choices import settle
 from vitq.allocation.moves import Bits, Moves
-from vitq.artifacts import BitPlan
+from vitq.artifacts import BitPlan, LayerBits, ModelSpec
+from vitq.calibration.fast import fit_fast
 from vitq.fitting import fit_operand
 from vitq.graph import values_at
 from vitq.ranges import fold, weight_ranges
 from vitq.rewrites import rewrite
-from vitq.trials import Judge, audit, refine
+from vitq.trials import Judge, Trials, audit, refine
 from vitq.trials.audit import random_plan
 from vitq.trials.refine import layer_errors
 
@@ -106,13 +107,47 @@ def test_an_audit_compares_the_order_of_plans_of_one_budget():
     def predict(bits: Bits) -> float:
         return sum(width * len(name) ** 0.5 for name, (_, width) in bits.items()) + bits["k"][1] / 10
 
-    same = audit(uniform(3), uniform(3), moves, 6, predict, lambda bits: 2 * predict(bits), seed=1)
+    same = audit(uniform(3), uniform(3), moves, 6, predict, lambda bits: [predict(bits), 3 * predict(bits)], seed=1)
     assert same.names[0] == "chosen" and same.names[-1] == "uniform" and len(same.names) == 8
     assert same.compared == 7, "the uniform plan is of another budget"
     assert same.correlation == pytest.approx(1.0) and same.ratio == pytest.approx(2.0)
-    assert audit(uniform(3), None, moves, 6, predict, lambda bits: -predict(bits), seed=1).correlation == pytest.approx(-1.0)
-    assert audit(uniform(3), None, moves, 1, predict, predict, seed=1).correlation is None
-    assert audit(uniform(3), None, moves, 6, predict, lambda bits: 1.0, seed=1).correlation is None
+    assert audit(uniform(3), None, moves, 6, predict, lambda bits: [-predict(bits)], seed=1).correlation == pytest.approx(-1.0)
+    assert audit(uniform(3), None, moves, 1, predict, lambda bits: [predict(bits)], seed=1).correlation is None
+    assert audit(uniform(3), None, moves, 6, predict, lambda bits: [1.0], seed=1).correlation is None
+
+
+def test_an_audit_says_how_well_its_images_agree():
+    """Halves that put the plans into one order, into opposite ones, and a single image, which has no halves."""
+    moves = moves_of(["3.1"])
+
+    def predict(bits: Bits) -> float:
+        return sum(width * len(name) ** 0.5 for name, (_, width) in bits.items()) + bits["k"][1] / 10
+
+    def repeated(*factors: float) -> float | None:
+        return audit(uniform(3), None, moves, 6, predict, lambda bits: [factor * predict(bits) for factor in factors]).repeatability
+
+    assert repeated(1, 2, 3) == pytest.approx(1.0)
+    assert repeated(5, -1, -1, -1) == pytest.approx(-1.0), "images 0 and 2 are one half"
+    assert repeated(1) is None
+
+
+def test_trials_measure_each_image():
+    """Against the two networks run on all images at once."""
+    fitting, held_out = [(images(4, 32), None)], images(5, 32)
+    folded, histograms = fold(rewrite(captured("vit")[1]), fitting)
+    entries = [
+        LayerBits(name=layer.name, type=layer.type, weight_bits=3 if layer.has_weight else None, activation_bits=3)
+        for layer in folded.layers
+    ]
+    spec = ModelSpec(architecture="vit", num_classes=10, data_config={"input_size": [3, 32, 32]}, graph_digest=folded.digest)
+    plan = BitPlan(model=spec, layers=tuple(entries))
+    trials = Trials(folded, histograms, {}, fitting, [(held_out[:3], None), (held_out[3:], None)], 10)
+    again = fit_fast(folded, histograms, {}, plan, fitting).quantized_module()
+    with torch.no_grad():
+        log_p, log_q = (module(held_out).double().log_softmax(-1) for module in (folded.module, again))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    for _ in range(2):
+        assert trials.losses(plan) == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 ERRORS = {
@@ -156,9 +191,9 @@ def test_the_report_of_a_refined_plan_is_its_own(better: str):
     chosen = allocate(profile, ["3.2"])
     start = {entry.name: entry.activation_bits for entry in chosen.plan.layers}
 
-    def measure(plan: BitPlan) -> float:
+    def measure(plan: BitPlan) -> list[float]:
         moved = sum(abs(entry.activation_bits - start[entry.name]) for entry in plan.layers)
-        return -moved if better == "another plan" else moved
+        return [-moved] if better == "another plan" else [moved]
 
     refined, found = Judge(lay_out(profile, Wishes(), ["3.2"]), ["3.2"], measure).refined(chosen, ERRORS)
     report = refined.report

@@ -1,15 +1,24 @@
-"""Whether to trust a metric on a model: what it predicts for plans of one budget against what they measure."""
+"""Whether to trust a metric on a model: what it predicts for plans of one budget against what they measure.
+
+Random plans of one budget cost much the same: a plan's loss is a sum over all layers, in which chance averages out. So a rank
+correlation needs many images, else it is about them: two halves of the images, asked for the plans' order, tell how far it can be trusted.
+"""
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+import numpy as np
 from scipy.stats import spearmanr
 
 from vitq.allocation.moves import Bits, Moves
 
 Loss = Callable[[Bits], float]
-"""From a plan's bits to a loss, predicted or measured."""
+"""From a plan's bits to a loss."""
+
+Losses = Callable[[Bits], Sequence[float]]
+"""From a plan's bits to the loss of each image that it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +26,8 @@ class Audit:
     """The plans' names, and what each was predicted to cost and measured to cost, in the loss's unit.
 
     `correlation` is Spearman's, over the random plans and the chosen one, `compared` in all (all of one budget, so that it is about the
-    metric and not about the budget); None where there are fewer than three, or all of one loss.
+    metric and not about the budget); None where there are fewer than three, or all of one loss. `repeatability` is Spearman's too, over the
+    same plans, of what one half of the images measures with what the other half does: no metric can be expected to do much better.
     """
 
     names: tuple[str, ...]
@@ -25,6 +35,7 @@ class Audit:
     measured: tuple[float, ...]
     correlation: float | None
     compared: int
+    repeatability: float | None
 
     @property
     def ratio(self) -> float:
@@ -32,7 +43,7 @@ class Audit:
         return self.measured[0] / max(self.predicted[0], 1e-12)
 
 
-def audit(chosen: Bits, uniform: Bits | None, moves: Moves, count: int, predict: Loss, measure: Loss, seed: int = 0) -> Audit:
+def audit(chosen: Bits, uniform: Bits | None, moves: Moves, count: int, predict: Loss, measure: Losses, seed: int = 0) -> Audit:
     """Measures the chosen plan, so many random plans of its budgets, and the uniform one.
 
     Args:
@@ -41,16 +52,20 @@ def audit(chosen: Bits, uniform: Bits | None, moves: Moves, count: int, predict:
         moves: the units that may move, and the budgets.
         count: how many random plans.
         predict: the metric's loss of a plan.
-        measure: the real one.
+        measure: the real one, image by image.
         seed: of the random plans.
     """
     source = random.Random(seed)
     randoms = [random_plan(moves, chosen, source) for _ in range(count)]
     plans = [("chosen", chosen), *((f"random {index}", bits) for index, bits in enumerate(randoms, start=1))]
     plans += [("uniform", uniform)] if uniform is not None else []
-    predicted, measured = ([loss(bits) for _, bits in plans] for loss in (predict, measure))
-    correlation = _spearman(predicted[: count + 1], measured[: count + 1])
-    return Audit(tuple(name for name, _ in plans), tuple(predicted), tuple(measured), correlation, count + 1)
+    predicted = [predict(bits) for _, bits in plans]
+    losses = np.array([measure(bits) for _, bits in plans], dtype=float)
+    measured = [fmean(row) for row in losses]
+    compared = slice(count + 1)
+    correlation = _spearman(predicted[compared], measured[compared])
+    halves = [losses[compared, half::2].mean(1).tolist() for half in (0, 1)] if losses.shape[1] > 1 else [[], []]
+    return Audit(tuple(name for name, _ in plans), tuple(predicted), tuple(measured), correlation, count + 1, _spearman(*halves))
 
 
 def random_plan(moves: Moves, start: Bits, source: random.Random) -> Bits:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from vitq.allocation import Allocation
@@ -19,11 +20,11 @@ from vitq.trials.refine import Errors, Refinement, refine
 
 @dataclass(frozen=True)
 class Judge:
-    """What plans of one search and its budgets are judged by: the metric's prediction and `measure`, the real loss of a plan."""
+    """What plans of one search and its budgets are judged by: the metric's prediction and `measure`, the real loss, image by image."""
 
     search: Search
     budgets: Sequence[str]
-    measure: Callable[[BitPlan], float]
+    measure: Callable[[BitPlan], Sequence[float]]
 
     @cached_property
     def moves(self) -> Moves:
@@ -38,7 +39,7 @@ class Judge:
         Its report is that of the plan it has become: `bound` holds for every plan within the budgets, and `gap` is the distance to it.
         Shadow prices are left out where the plan changed, since they are those of the best predicted plan.
         """
-        found = refine(_bits(chosen.plan), self.moves, errors, lambda bits: self.measure(_with_bits(chosen.plan, bits)))
+        found = refine(_bits(chosen.plan), self.moves, errors, lambda bits: fmean(self.measure(_with_bits(chosen.plan, bits))))
         measured: dict[str, Any] = {"start": found.start, "loss": found.loss, "steps": [vars(step) for step in found.steps]}
         if not any(step.kept for step in found.steps):
             return replace(chosen, report={**chosen.report, "refinement": measured}), found

@@ -18,7 +18,7 @@ from vitq.rewrites import prepare
 
 @dataclass(frozen=True)
 class Trials:
-    """Measures plans of one model. The LayerNorm fold, histograms and covariances serve all plans; a plan's loss is measured once.
+    """Measures plans of one model. Fold, histograms, covariances and the float outputs serve all plans; a plan is measured once.
 
     `calibration` fits the quantizers and `held_out` measures them; both are gone through again for each plan.
     """
@@ -29,7 +29,8 @@ class Trials:
     calibration: Batches
     held_out: Batches
     num_classes: int
-    _losses: dict[tuple, float] = field(default_factory=dict)
+    _expected: list[Tensor] = field(default_factory=list)
+    _losses: dict[tuple, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: LoadedModel, calibration: Batches, held_out: Batches, device: str = "cpu") -> "Trials":
@@ -38,15 +39,16 @@ class Trials:
         folded, histograms = fold(graph, calibration)
         return cls(folded, histograms, input_covariances(folded, calibration), calibration, held_out, spec.num_classes)
 
-    def loss(self, plan: BitPlan) -> float:
-        """Mean KL(float || quantized) in nats an image; of a backbone, half the mean squared relative error."""
+    def losses(self, plan: BitPlan) -> list[float]:
+        """KL(float || quantized) in nats for each held-out image; of a backbone, half the squared relative error."""
         if plan.layers not in self._losses:
             plan.check(self.graph.layers)
             module = fit_fast(self.graph, self.histograms, self.covariances, plan, self.calibration).quantized_module()
-            total, count = 0.0, 0
+            found = []
             with torch.no_grad():
-                for images, _ in self.held_out:
-                    total += float(loss(self.graph.module(images), module(images), self.num_classes).sum())
-                    count += len(images)
-            self._losses[plan.layers] = total / max(count, 1)
+                for index, (images, _) in enumerate(self.held_out):
+                    if index == len(self._expected):
+                        self._expected.append(self.graph.module(images))
+                    found.append(loss(self._expected[index], module(images), self.num_classes))
+            self._losses[plan.layers] = torch.cat(found).tolist()
         return self._losses[plan.layers]
