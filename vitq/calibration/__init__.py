@@ -2,22 +2,36 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from vitq.artifacts import BitPlan
+from vitq.calibration.estimate import Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
+from vitq.calibration.learning import Learning
+from vitq.calibration.reconstruct import Progress, calibrate_reconstruct
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
+from vitq.graph import Graph
 from vitq.images import Images
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
 
-__all__ = ["RECIPES", "calibrate"]
+__all__ = ["RECIPES", "Estimate", "Learning", "Progress", "calibrate", "expected"]
 
-RECIPES: dict[str, Callable[..., Checkpoint]] = {"fast": calibrate_fast}
+RECIPES: dict[str, Callable[..., Checkpoint]] = {"fast": calibrate_fast, "reconstruct": calibrate_reconstruct}
+
+_LEARNING = {"reconstruct"}  # recipes that take a Learning and tell their progress
 
 
 def calibrate(
-    model: LoadedModel, plan: BitPlan, images: Images, recipe: str = "fast", device: str = "cpu", symmetric: bool = False
+    model: LoadedModel,
+    plan: BitPlan,
+    images: Images,
+    recipe: str = "fast",
+    device: str = "cpu",
+    symmetric: bool = False,
+    learning: Learning | None = None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Fits the quantizers of a plan to a model.
 
@@ -28,20 +42,37 @@ def calibrate(
         recipe: a name in `RECIPES`.
         device: where to compute.
         symmetric: weights without zero points, which `--storage standard` needs; costs accuracy below 7 bits.
+        learning: for `reconstruct`: iterations, seed, scratch folder.
+        progress: for `reconstruct`: is told how far it is.
 
     Raises:
-        UsageError: an unknown recipe.
+        UsageError: an unknown recipe, or one that does not learn given how to.
         InputError: the plan is for another model or graph, or the images cannot be used.
     """
     if recipe not in RECIPES:
         raise UsageError(f"recipe {recipe!r} is not known; give one of {', '.join(RECIPES)}")
+    if learning is not None and recipe not in _LEARNING:
+        raise UsageError(f"recipe {recipe!r} has no iterations; give recipe {' or '.join(sorted(_LEARNING))}")
+    graph = _graph(model, plan, device)
+    options: dict[str, Any] = {"learning": learning or Learning(), "progress": progress} if recipe in _LEARNING else {}
+    checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric, **options)
+    calibrated_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
+    calibration: dict[str, Any] = {"recipe": recipe, "images": calibrated_on} | ({"symmetric": True} if symmetric else {})
+    if options:
+        calibration |= {"iterations": options["learning"].iterations, "seed": options["learning"].seed}
+    return replace(checkpoint, made_from={**plan.made_from, "calibration": calibration})
+
+
+def expected(model: LoadedModel, plan: BitPlan, images: Images, device: str = "cpu", learning: Learning | None = None) -> Estimate:
+    """What recipe `reconstruct` would take; raises InputError where the plan is for another model or graph."""
+    return estimate(_graph(model, plan, device), plan, images.num_listed, learning or Learning())
+
+
+def _graph(model: LoadedModel, plan: BitPlan, device: str) -> Graph:
     graph, spec = prepare(model, device)
     if spec.graph_digest != plan.model.graph_digest:
         raise InputError(
             f"the plan is for {plan.model.architecture}, whose graph differs from that of {model.source} ({spec.architecture}); "
             "run `vitq profile` again for this model with this torch and timm"
         )
-    checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric)
-    calibrated_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
-    calibration = {"recipe": recipe, "images": calibrated_on} | ({"symmetric": True} if symmetric else {})
-    return replace(checkpoint, made_from={**plan.made_from, "calibration": calibration})
+    return graph

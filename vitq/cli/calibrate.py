@@ -1,7 +1,7 @@
 """`vitq calibrate`: quantizers fitted to a plan, into model.safetensors."""
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,15 +20,20 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
-from vitq.cli.terminal import Terminal, in_units
+from vitq.cli.terminal import Terminal, in_minutes, in_units
+from vitq.errors import UsageError
 
 
 def calibrate(
     plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
     images: options.RememberedImages = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="fast: minutes, no gradients.")] = "fast",
+    recipe: Annotated[str, typer.Option("--recipe", help="fast: minutes, no gradients; reconstruct: the most accurate.")] = "fast",
+    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="reconstruct: steps a block. (default: 300)")] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="reconstruct: say how long it takes, in how much memory and disk, and stop.")
     ] = False,
     model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
     num_images: options.NumImages = None,
@@ -51,9 +56,12 @@ def calibrate(
     if plan is None:
         refuse_stale_plan(chosen, source)
     refuse_missing_sources(model, images)
-    path = output_path(output, folder, CHECKPOINT, force)
+    if recipe != "reconstruct" and (iterations is not None or dry_run):
+        raise UsageError(f"{'--dry-run' if dry_run else '--iterations'} is for --recipe reconstruct; recipe {recipe} takes minutes")
+    path = output_path(output, folder, CHECKPOINT, force or dry_run)
     memory = plan_memory(chosen, source)
     options.usable_device(device)
+    from vitq.calibration import Learning, expected
     from vitq.calibration import calibrate as fit
     from vitq.checkpoint import save
 
@@ -63,8 +71,18 @@ def calibrate(
     opened, remembered = memory.images(reading, loaded.data_config, loaded.label_names)
     terminal.preprocessing(loaded.data_config, chosen.model.data_config)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
-    with terminal.watching(opened, "calibrate"):
-        checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric)
+    scratch, learning = None, None
+    if recipe == "reconstruct":
+        scratch = path.with_name(f".{path.stem}.scratch")
+        learning = Learning(iterations or Learning().iterations, remembered.seed, scratch)
+    if dry_run:
+        found = expected(loaded, chosen, opened, device, learning)
+        what = f"recipe {recipe} would take about {in_minutes(found.seconds)} on {opened.num_listed} images"
+        size = f"{in_units(found.memory_bytes, 'B')} of memory and {in_units(found.disk_bytes, 'B')} of disk, under {scratch}"
+        terminal.result({"recipe": recipe, "num_images": opened.num_listed} | asdict(found), what, size)
+        return
+    with terminal.watching(opened, "calibrate") as progress:
+        checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric, learning, progress)
     calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
     save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)
     document = {

@@ -6,7 +6,8 @@ Colours, widths and NO_COLOR are rich's business; in a pipe there is no colour a
 import json
 import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,11 @@ class Terminal:
             self.note(f"next: {command}")
 
     @contextmanager
-    def watching(self, images: "Images", what: str) -> "Iterator[Images]":
-        """Shows every pass over the images while inside, and in the end names those that could not be read; off a terminal one line."""
+    def watching(self, images: "Images", what: str) -> "Iterator[Callable[[float, float, str], None]]":
+        """Shows every pass over the images while inside, and in the end names those that could not be read; off a terminal one line.
+
+        Gives a function that shows what comes between the passes: (work done, all of it, its name), with the time that is left.
+        """
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -73,7 +77,16 @@ class Terminal:
             with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
                 bar = progress.add_task(what, total=images.num_listed)
                 images.progress = lambda done, total: progress.update(bar, completed=done, total=total)
-                yield images
+                started: list[tuple[float, float]] = []
+
+                def work(done: float, whole: float, name: str) -> None:
+                    now = time.monotonic()
+                    started[:] = started or [(now, done)]
+                    rate = (done - started[0][1]) / max(now - started[0][0], 1e-9)
+                    left = f", {in_minutes((whole - done) / rate)} left" if rate > 0 else ""
+                    progress.update(bar, description=f"{what} {name}{left}", completed=round(100 * done / whole), total=100)
+
+                yield work
         finally:
             images.progress = None
             if images.skipped:
@@ -92,6 +105,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_minutes(seconds: float) -> str:
+    """A time for people: 42 -> "42 s", 600 -> "10 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def in_units(value: float, unit: str) -> str:
