@@ -162,7 +162,7 @@ def test_quantizers_that_are_not_affine_stay_as_they_are():
     watched = {}
     av = next(layer for layer in folded.layers if layer.type == "av")
 
-    def watch(compute, *arguments):  # noqa: ANN001, ANN002, ANN202
+    def watch(compute, *arguments):
         return variables.intercepts()[folded.nodes[av.name]](lambda *read: watched.setdefault("read", read)[0], *arguments)
 
     x = torch.rand(1, 4, 17, 17)
@@ -214,7 +214,7 @@ def test_it_is_never_worse_than_fast_on_held_out_images(family: str, bits: int, 
 
 
 def test_it_returns_fasts_where_all_that_is_learned_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    graph, folded, fast = start_of()
+    graph, _, fast = start_of()
     monkeypatch.setattr(reconstruct, "_judged", lambda *_: 0.0)  # every block is taken
     monkeypatch.setattr(
         "vitq.calibration.variables.RATES", {"steps": 9.0, "gain": 1.0, "bias": 5.0, "range": 2.0, "zero_point": 5.0}, raising=True
@@ -225,7 +225,7 @@ def test_it_returns_fasts_where_all_that_is_learned_is_bad(tmp_path: Path, monke
 
 
 def test_a_block_that_is_worse_on_held_out_images_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    graph, folded, fast = start_of()
+    graph, _, fast = start_of()
     answers = iter(range(1000))
     monkeypatch.setattr(reconstruct, "_judged", lambda *_: float(next(answers)))  # each time worse than before
     found = calibrate_reconstruct(graph, fast.plan, BATCHES, learning=learning(tmp_path))
@@ -243,7 +243,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: int, tmp_path: Path, monkeyp
     whole = calibrate_reconstruct(graph, fast.plan, BATCHES, learning=learning(tmp_path))
     learn, learned = reconstruct.learn, []
 
-    def killed(*arguments, **keywords):  # noqa: ANN002, ANN003, ANN202
+    def killed(*arguments, **keywords):
         learned.append(arguments)
         if len(learned) > at:
             raise Killed
@@ -255,7 +255,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: int, tmp_path: Path, monkeyp
     assert len(list((tmp_path / "scratch").glob("*.safetensors"))) == at
     blocks = len(folded.blocks)
 
-    def counted(*arguments, **keywords):  # noqa: ANN002, ANN003, ANN202
+    def counted(*arguments, **keywords):
         learned.append(arguments)
         return learn(*arguments, **keywords)
 
