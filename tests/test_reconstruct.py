@@ -1,6 +1,7 @@
 """Recipe `reconstruct`: its gradients against finite differences, what it promises on held-out images, its scratch folder, and resuming."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ BATCHES = in_batches(images(24, 32), 10)  # 10, 10 and 4: images of all batches 
 
 
 def learning(folder: Path, **changes: int) -> Learning:
-    options = {"iterations": 6, "seed": 3, "batch_size": 8, "views": 2} | changes
+    options: dict[str, Any] = {"iterations": 6, "seed": 3, "batch_size": 8, "views": 2} | changes
     return Learning(scratch=folder / "scratch", **options)
 
 

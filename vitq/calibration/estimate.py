@@ -11,8 +11,8 @@ from vitq.calibration.learning import Learning
 from vitq.errors import InputError
 from vitq.graph import Graph, run
 
-_STEP = 8.0  # forward passes of a block that a step on it costs: quantization, backward, Adam, reading; seen 6 to 9 on CPUs
-_PASSES = 12.0  # forward passes over all views beside the steps: both networks, the errors' weights, judging
+_STEP = 7.0  # forward passes of a block that a step on it costs, quantized, with backward, Adam and reading; seen on a CPU
+_PASSES = 5.0  # forward passes over all views beside the steps: both networks, the errors' weights, judging
 _KEPT = 3.0  # what a step holds of a block, in units of all its values: values, steps and codes
 _BASE_BYTES = 500_000_000  # the process with torch loaded
 

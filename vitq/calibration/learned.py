@@ -10,8 +10,8 @@ The forward values are those of `affine.quantize_dequantize` bit by bit: what is
 A weight is learned in steps: W^ = scale clip(round(v), range), v of the weight's shape. Its scale is then a gain a channel, and a change
 of the scale rounds no weight anew.
 Differs from the paper: zero points learn too (LSQ+, Bhalgat et al., 2020); Adam makes the paper's factor on the scale's gradient idle;
-rounding is not AdaRound's (rounding.py): in a few hundred iterations weights that may move farther than one step compensate more of the
-activations' error.
+rounding is not AdaRound's (rounding.py), which keeps a weight within one step: here it may move farther, to make up for the error of
+the activations, which is the larger one. The two were not compared.
 """
 
 from typing import Any

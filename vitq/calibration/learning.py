@@ -26,7 +26,7 @@ class Learning:
     and drops; `scratch` the folder for what grows with the number of images; `fisher` weighs errors by Fisher information.
     """
 
-    iterations: int = 300
+    iterations: int = 150
     seed: int = 0
     scratch: Path = Path("vitq-scratch")
     batch_size: int = 32

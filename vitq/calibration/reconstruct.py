@@ -57,7 +57,7 @@ def calibrate_reconstruct(
     Args:
         graph: the captured graph after `rewrite`.
         plan: bits of every layer; checked against the graph's layers.
-        batches: the calibration images; gone through seven times.
+        batches: the calibration images; gone through about ten times.
         symmetric: weights without zero points, at every width.
         learning: how blocks are learned; where its scratch folder holds finished blocks of the same calibration, it goes on there.
         progress: is told how far it is.

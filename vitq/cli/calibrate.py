@@ -28,7 +28,7 @@ def calibrate(
     plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
     images: options.RememberedImages = None,
     recipe: Annotated[str, typer.Option("--recipe", help="fast: minutes, no gradients; reconstruct: the most accurate.")] = "fast",
-    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="reconstruct: steps a block. (default: 300)")] = None,
+    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="reconstruct: steps a block. (default: 150)")] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
     ] = False,
