@@ -24,6 +24,7 @@ from vitq.calibration.variables import BlockVariables
 from vitq.calibration.views import view
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
+from vitq.fitting import input_covariances
 from vitq.graph import Graph, run
 from vitq.quantizers import Log2
 from vitq.ranges import fold
@@ -42,7 +43,7 @@ def start_of(family: str = "vit", bits: int = 3) -> tuple[Graph, Graph, Checkpoi
     graph = rewrite(captured(family)[1])
     batches = in_batches(images(24, graph.input_shape[1:]), 10)
     folded, histograms = fold(graph, batches)
-    return graph, folded, fit_fast(folded, histograms, plan_for(graph, family, bits), batches)
+    return graph, folded, fit_fast(folded, histograms, input_covariances(folded, batches), plan_for(graph, family, bits), batches)
 
 
 def everything(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from vitq.calibration.variables import BlockVariables
 from vitq.calibration.views import view
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
+from vitq.fitting import input_covariances
 from vitq.gradients import loss
 from vitq.graph import Graph, advance, run, start
 from vitq.ranges import Batches, fold
@@ -75,7 +76,7 @@ def calibrate_reconstruct(
     if not bool(held.any()):
         raise InputError(f"{len(held)} images are too few for recipe reconstruct; give --num-images at least {HELD_OUT}, or --recipe fast")
     folded, histograms = fold(graph, batches)
-    fast = fit_fast(folded, histograms, plan, batches, symmetric)
+    fast = fit_fast(folded, histograms, input_covariances(folded, batches), plan, batches, symmetric)
     scratch = Scratch(learning.scratch, _digest(fast, batches, learning))
     learned_from = _images(folded, scratch, "images", batches, ~held, learning)
     judged_on = _images(folded, scratch, "held", batches, held, learning)

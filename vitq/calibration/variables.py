@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitq.affine import QParams, QuantizedWeight, highest_code, weight_codes
+from vitq.affine import QuantizedWeight, highest_code, weight_codes
 from vitq.artifacts import Layer
 from vitq.calibration.learned import learned_activation, learned_weight, straight_through
 from vitq.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from vitq.graph import Graph, assign, copy, tensor_of
 from vitq.graph.dataflow import argument
 from vitq.graph.layers import operand_nodes
 from vitq.graph.run import Intercept
-from vitq.quantizers import Quantizer, Uniform
+from vitq.quantizers import Uniform
 
 RATES = {"steps": 0.01, "gain": 0.003, "bias": 0.01, "range": 0.005, "zero_point": 0.02}
 """Adam's first learning rate of each kind of variable, in its own unit."""
@@ -55,7 +55,7 @@ class BlockVariables:
         self._activations = {
             tensor: _activation(quantizer, device)
             for tensor, quantizer in checkpoint.activations.items()
-            if tensor in learned and tensor not in settled and isinstance(quantizer, QParams | Uniform)
+            if tensor in learned and tensor not in settled and isinstance(quantizer, Uniform)
         }
 
     @property
@@ -106,14 +106,14 @@ class BlockVariables:
 
     def _read(self, tensor: str, x: Tensor) -> Tensor:
         if (learned := self._activations.get(tensor)) is None:
-            return straight_through(x, _quantizer(self._checkpoint.activations[tensor]))
+            return straight_through(x, self._checkpoint.activations[tensor])
         bits = self._checkpoint.activations[tensor].bits
         return learned_activation(x, _scale(learned, "range"), _zero_point(learned, bits), bits)
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint with this block as the variables have it, rounded."""
         before = self._checkpoint
-        weights, activations, tensors = dict(before.weights), dict(before.activations), {}
+        weights, activations, tensors = dict(before.weights), dict(before.activations), dict[str, Tensor]()
         with torch.no_grad():
             for layer in self._layers:
                 if layer.has_weight:
@@ -126,8 +126,8 @@ class BlockVariables:
                     tensors[layer.operands[1].tensor] = weights[layer.name].dequantize()
                     tensors[_bias_name(before.graph, layer)] = _weight_and_bias(learned)[1]
             for tensor, learned in self._activations.items():
-                zero = int(_zero_point(learned, activations[tensor].bits).round())
-                activations[tensor] = replace(activations[tensor], scale=float(_scale(learned, "range")), zero_point=zero)
+                bits = activations[tensor].bits
+                activations[tensor] = Uniform(float(_scale(learned, "range")), int(_zero_point(learned, bits).round()), bits)
         module = copy(before.graph)
         assign(module, tensors)
         module.recompile()
@@ -157,13 +157,9 @@ def _weight(floats: Graph, checkpoint: Checkpoint, layer: Layer) -> Learned:
     )
 
 
-def _activation(quantizer: QParams | Uniform, device: torch.device) -> Learned:
+def _activation(quantizer: Uniform, device: torch.device) -> Learned:
     scale, zero_point = (torch.tensor(float(value), device=device) for value in (quantizer.scale, quantizer.zero_point))
     return Learned({"range": torch.zeros_like(scale), "zero_point": zero_point}, {"scale": scale})
-
-
-def _quantizer(quantizer: QParams | Quantizer) -> Quantizer:
-    return Uniform(quantizer.scale, quantizer.zero_point, quantizer.bits) if isinstance(quantizer, QParams) else quantizer
 
 
 def _scale(learned: Learned, kind: str) -> Tensor:
