@@ -24,16 +24,16 @@ from vitq.artifacts import BitPlan, Profile
 from vitq.calibration.fast import fit_fast
 from vitq.evaluate import onnx_runnable
 from vitq.export import export
-from vitq.fitting import input_covariances
+from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.graph import Graph
 from vitq.images import Images, open_images
 from vitq.importance import METRICS, profile
 from vitq.models import load
-from vitq.ranges import Histogram, fold
+from vitq.ranges import Histogram
 from vitq.rewrites import prepare
 
-Fitted = tuple[Graph, dict[str, Histogram], dict[str, Tensor]]
+Observed = tuple[Graph, dict[str, Histogram], dict[str, Tensor]]
 """The folded graph, histograms of its activations, covariances of its linears' inputs."""
 
 
@@ -70,12 +70,11 @@ def main() -> None:
                 journal = keep / f"sensitivity_{seed}.journal"
                 kept.write_text(profile(model, images, arguments.metrics, seed=seed, journal=journal).model_dump_json())
             profiles[seed] = Profile.model_validate_json(kept.read_text())
-            folded, histograms = fold(graph, images)
-            fitted = folded, histograms, input_covariances(folded, images)
+            observed = observe(graph, images)
             for average in arguments.averages:
                 for metric in arguments.metrics:
                     plan = allocate(profiles[seed], [average], metric=metric).plan
-                    outputs[metric, average, seed] = _outputs(plan, fitted, images, test, keep / f"{seed}_{_digest(plan)}.safetensors")
+                    outputs[metric, average, seed] = _outputs(plan, observed, images, test, keep / f"{seed}_{_digest(plan)}.safetensors")
         print("| average | metric | KL | of each seed | agreement % | top-1 % | KL less that of the first |\n" + "| --- " * 7 + "|")
         for average in arguments.averages:
             first: Tensor | None = None
@@ -95,10 +94,10 @@ def main() -> None:
             print(f"| {metric} | {' '.join(f'{_correlation(found, metric):.3f}' for found in profiles.values())} |")
 
 
-def _outputs(plan: BitPlan, fitted: Fitted, images: Images, test: Images, kept: Path) -> Tensor:
+def _outputs(plan: BitPlan, observed: Observed, images: Images, test: Images, kept: Path) -> Tensor:
     """The output of a plan's exported file on the test images; equal plans are measured once."""
     if not kept.exists():
-        checkpoint = fit_fast(*fitted, plan, images)
+        checkpoint = fit_fast(*observed, plan, images)
         some = next(iter(images))[0][:4]
         with tempfile.TemporaryDirectory() as folder:
             export(checkpoint, Path(folder) / "model.onnx", [some], storage="fast")

@@ -15,12 +15,11 @@ from vitq import gradients
 from vitq.allocation import allocate
 from vitq.artifacts import BitPlan, Profile
 from vitq.calibration.fast import fit_fast
-from vitq.fitting import input_covariances
+from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.images import open_images
 from vitq.importance import MetricOptions, profile
 from vitq.models import load
-from vitq.ranges import fold
 from vitq.rewrites import prepare
 
 FORMS = (
@@ -57,14 +56,13 @@ def main() -> None:
         return profile(model, images(count, seed), seed=seed, options=MetricOptions(pairs=pairs))
 
     fitting = images(256, 0)
-    folded, histograms = fold(prepare(model)[0], fitting)
-    covariances = input_covariances(folded, fitting)
+    observed = observe(prepare(model)[0], fitting)
     others = priced(32, 1024, 7, pairs=False)
     print("| signs | images | widths | objective | predicted | again | measured |\n" + "| --- " * 7 + "|", flush=True)
     for likeliest, count, apart, objective in FORMS:
         found = priced(likeliest, count, 0, pairs=objective == "pairwise")
         chosen = allocate(found, [arguments.average], bits_apart=apart, objective=objective)
-        module = fit_fast(folded, histograms, covariances, chosen.plan, fitting).quantized_module()
+        module = fit_fast(*observed, chosen.plan, fitting).quantized_module()
         with torch.no_grad():
             output = torch.cat([module(batch) for batch, _ in test])
         measured = float(loss(expected, output, model.num_classes).mean())

@@ -20,10 +20,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitq.artifacts import WIDTHS
+from vitq.fitting import observe
 from vitq.images import open_images
 from vitq.importance import METRICS, Subject, profile
 from vitq.models import load
-from vitq.ranges import fold
 from vitq.rewrites import prepare
 
 BATCH = 32
@@ -51,9 +51,9 @@ def passes(model_source: str, image_source: str, num_images: int, repeats: int =
         return time.perf_counter() - started
 
     # Capture traces the model once with a symbolic batch, which a counter cannot add; what is counted is what runs on images.
-    folded, histograms = fold(graph, images)
-    subject = Subject(folded, histograms, images, WIDTHS, model.num_classes)
-    found = flops(lambda: fold(graph, images)) + flops(lambda: METRICS["output-fisher"](subject))
+    folded, histograms, covariances = observe(graph, images)
+    subject = Subject(folded, histograms, images, WIDTHS, model.num_classes, covariances=covariances)
+    found = flops(lambda: observe(graph, images)) + flops(lambda: METRICS["output-fisher"](subject))
     by_arithmetic = found / flops(forward)
     times = [(seconds(lambda: profile(model, images)), seconds(forward)) for _ in range(repeats)]
     return {"by_arithmetic": by_arithmetic, "by_time": statistics.median(a / b for a, b in times)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitq.affine import quantize_dequantize, quantize_weight
 from vitq.artifacts import CostTable
-from vitq.gradients import error_probe, fisher_probe, probe_for, trace
+from vitq.gradients import error_pair, error_probe, fisher_pair, fisher_probe, pair_for, probe_for, trace
 from vitq.graph import Graph, analyse, copy, run, tensor_of
 from vitq.importance import MetricOptions, Subject
 from vitq.quantizers import Uniform
@@ -71,6 +71,31 @@ def test_where_two_classes_compete_no_sign_changes_what_a_change_costs(monkeypat
     assert bool((costs.std(0)[:2] > 0.8 * costs.mean(0)[:2]).all())
 
 
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_each_probe_of_a_pair_has_the_fisher_information(classes: int, monkeypatch: pytest.MonkeyPatch):
+    logits = 3 * torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
+    p = logits.softmax(1)
+    for row in (0, 1):
+        v = gradients_under_all_signs(lambda z, generator, row=row: fisher_pair(z, generator)[row], logits, SignsOf(monkeypatch))
+        expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        assert torch.allclose(torch.einsum("sbi,sbj->bij", v, v) / len(v), expected, atol=1e-5)
+
+
+def test_a_pair_of_probes_is_exact_where_three_classes_compete(monkeypatch: pytest.MonkeyPatch):
+    """The Fisher information of three classes has two axes, whose product cancels in the pair's mean, whatever the signs."""
+    logits = torch.tensor([[1.0, 0.5, -0.3], [2.0, -1.0, 1.5]])
+    change = torch.randn(2, 3, generator=torch.Generator().manual_seed(3))
+    rows = [
+        gradients_under_all_signs(lambda z, generator, row=row: fisher_pair(z, generator)[row], logits, SignsOf(monkeypatch))
+        for row in (0, 1)
+    ]
+    p = logits.softmax(1)
+    exact = (p * change.square()).sum(1) - (p * change).sum(1).square()
+    single, other = ((v * change).sum(2).square() for v in rows)
+    assert torch.allclose((single + other) / 2, exact.expand_as(single), rtol=1e-4)
+    assert bool((single.std(0) > 0.1 * exact).all())
+
+
 def test_the_fisher_information_is_the_hessian_of_the_kl_divergence():
     logits = torch.randn(5, generator=torch.Generator().manual_seed(1)).double()
     p = logits.softmax(0)
@@ -93,6 +118,7 @@ def test_probes_follow_their_generator():
     first, again, other = (fisher_probe(z, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert probe_for(10) is fisher_probe and probe_for(0) is error_probe
+    assert pair_for(10) is fisher_pair and pair_for(0) is error_pair
 
 
 # The trace and the closed forms, against rerunning each layer
@@ -231,7 +257,7 @@ def price(
 
     class Probed(Subject):
         @property
-        def probe(self):
+        def pair(self):
             return probe
 
     return METRIC.output_fisher(Probed(graph, found, batches, bits, num_classes=0, options=MetricOptions(pairs=pairs)))
@@ -257,6 +283,37 @@ def visited(case: Case) -> list[str]:
     names = []
     trace(case.graph, case.batch, fixed_probe, torch.Generator(), lambda traced: names.append(traced.layer.name))
     return names
+
+
+def test_several_probes_are_traced_one_after_the_other(mixed: Case):
+    def two(output: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.stack([fixed_probe(output, generator), 3 * output.flatten(1)[:, 0]])
+
+    seen: list[list[tuple[str, Tensor, Tensor]]] = [[]]
+    rest = lambda traced: seen[-1].append((traced.layer.name, traced.gradient.clone(), traced.input_gradients[0].clone()))  # noqa: E731
+    trace(mixed.graph, mixed.batch, two, torch.Generator(), rest, lambda: seen.append([]))
+    assert seen.pop() == [] and len(seen) == 2
+    for row, found in enumerate(seen):
+        alone: list[tuple[str, Tensor, Tensor]] = []
+        trace(
+            mixed.graph,
+            mixed.batch,
+            lambda output, generator, row=row: two(output, generator)[row],
+            torch.Generator(),
+            lambda traced, alone=alone: alone.append((traced.layer.name, traced.gradient.clone(), traced.input_gradients[0].clone())),
+        )
+        assert [name for name, _, _ in found] == [name for name, _, _ in alone] == visited(mixed)
+        for (_, g, dx), (_, expected_g, expected_dx) in zip(found, alone, strict=True):
+            assert torch.allclose(g, expected_g, atol=1e-6) and torch.allclose(dx, expected_dx, atol=1e-6)
+
+
+def test_a_pair_costs_the_mean_of_its_probes(mixed: Case):
+    pair, *single = (
+        price(mixed.graph, mixed.histograms, [(mixed.batch, None)], (2, 4), probe)
+        for probe in (fisher_pair, fisher_probe, lambda output, generator: fisher_pair(output, generator)[1])
+    )
+    for layer, costs in pair.tied.items():
+        assert sum(costs) == pytest.approx(sum(sum(found.tied[layer]) for found in single) / 2, rel=1e-3), layer
 
 
 def test_every_layer_is_traced_and_a_reader_before_what_it_reads(mixed: Case):

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vitq.affine import QuantizedWeight, quantize_weight, weight_codes
 from vitq.calibration.rounding import beta_at, first_variables, fraction, penalty, rounded, softly_rounded
-from vitq.fitting import compensation, fit_weights, input_covariances
+from vitq.fitting import compensation, fit_weights, input_covariances, observe
 from vitq.fitting.compensation import compensated
 from vitq.fitting.halves import halved, refined
 from vitq.fitting.inputs import InputMoments, ridged
 from vitq.fitting.ridge import absorbed
 from vitq.graph import tensor_of, values_at
-from vitq.ranges import weight_ranges
+from vitq.ranges import fold, weight_ranges
 from vitq.rewrites import rewrite
 
 torch.set_num_threads(1)  # the matrices are small
@@ -334,3 +334,14 @@ def test_a_layer_whose_inputs_are_known_is_compensated():
         expected = compensated(weight, covariances[name], *weight_ranges(weight, bits), bits)
         assert torch.equal(found.codes, expected.codes) and torch.equal(to_nearest.codes, nearest(weight, bits).codes)
         assert not torch.equal(found.codes, to_nearest.codes)
+
+
+def test_one_pass_sees_what_two_passes_see():
+    graph = rewrite(captured("vit")[1])
+    batches = [(images(4, 32), None), (images(3, 32, seed=1), None)]
+    folded, histograms, covariances = observe(graph, batches)
+    alone, apart = fold(graph, batches)
+    assert folded.digest == alone.digest and set(histograms) == set(apart)
+    assert all(torch.equal(histograms[name].counts, apart[name].counts) and histograms[name].low == apart[name].low for name in apart)
+    expected = input_covariances(folded, batches)
+    assert set(covariances) == set(expected) and all(torch.equal(covariances[name], expected[name]) for name in expected)

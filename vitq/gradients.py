@@ -14,7 +14,9 @@ the Gram matrix of the vectors sqrt(p_k) grad log p_k, the likeliest ones, and
 
     (g . d)^2 = sum_j (a_j . J d)^2 + (products of different a_j, of random sign),        a_j orthogonal, sum_j a_j a_j^T = H
 
-has noise only in the products: none where two classes compete, which is where most of the loss is made.
+has noise only in the products: none where two classes compete, which is where most of the loss is made. A *pair* of probes shares a draw:
+the second one's signs are the first one's times +, -, +, - ... along the axes a_j, the largest first. In the mean of both, products of axes
+of unequal parity cancel, that of the two largest among them, which is where most of the noise is; three competing classes have none.
 Other networks: the loss is half the squared relative error of the output, H = I / |z|^2 and v = e / |z|.
 """
 
@@ -32,7 +34,7 @@ from vitq.graph import Graph, run
 from vitq.graph.run import Intercept
 
 Probe = Callable[[Tensor, torch.Generator], Tensor]
-"""From the output (B, ...) and a source of randomness to one scalar an image (B,)."""
+"""From the output (B, ...) and a source of randomness to one scalar an image (B,), or to several (P, B) whose costs are averaged."""
 
 
 _LIKELIEST = 32  # classes whose terms are made orthogonal; beyond, little probability is left
@@ -40,13 +42,18 @@ _LIKELIEST = 32  # classes whose terms are made orthogonal; beyond, little proba
 
 def fisher_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     """The probe of a classifier's logits (B, ..., K): sum_k (Q e)_k sqrt(p_k) log p_k, p_k and Q held constant."""
+    return fisher_pair(logits, generator)[0]
+
+
+def fisher_pair(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The pair of probes of a classifier's logits (B, ..., K): (2, B)."""
     log_p = logits.float().log_softmax(-1)
     p = log_p.detach().exp()
-    return (p.sqrt() * _turned(_signs(logits, generator), p) * log_p).flatten(1).sum(1)
+    return (p.sqrt() * _turned(_signs(logits, generator), p) * log_p).flatten(2).sum(2)
 
 
 def _turned(signs: Tensor, p: Tensor) -> Tensor:
-    """Q e (..., K), with Q as in the module's equations for the `_LIKELIEST` classes and the identity for the others."""
+    """Q e of both probes (2, ..., K), with Q as in the module's equations for the `_LIKELIEST` classes and the identity for the others."""
     likeliest = p.topk(min(_LIKELIEST, p.shape[-1]), sorted=True).indices
     some = p.double().gather(-1, likeliest)
     root = some.sqrt()
@@ -54,20 +61,38 @@ def _turned(signs: Tensor, p: Tensor) -> Tensor:
     _, axes = torch.linalg.eigh(root[..., None] * overlap * root[..., None, :])
     largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
     axes = axes * largest.sign()  # an eigenvector's sign is the solver's choice
-    turned = (axes @ signs.double().gather(-1, likeliest)[..., None])[..., 0]
-    return signs.scatter(-1, likeliest, turned.to(signs))
+    along = signs.double().gather(-1, likeliest)
+    both = torch.stack([along, along * _alternating(along).flip(-1)])  # eigenvalues ascend: the last axis is the largest
+    turned = (axes @ both[..., None])[..., 0]
+    return torch.stack([signs, signs * _alternating(signs)]).scatter(-1, likeliest.expand(2, *likeliest.shape), turned.to(signs))
+
+
+def _alternating(like: Tensor) -> Tensor:
+    """+, -, +, - ... along the last axis."""
+    return (1 - 2 * (torch.arange(like.shape[-1], device=like.device) % 2)).to(like)
 
 
 def error_probe(output: Tensor, generator: torch.Generator) -> Tensor:
     """The probe of a backbone's output (B, ...): sum_i e_i z_i / |z|, |z| held constant."""
+    return error_pair(output, generator)[0]
+
+
+def error_pair(output: Tensor, generator: torch.Generator) -> Tensor:
+    """The pair of probes of a backbone's output (B, ...): (2, B); its axes are those of the output, all alike."""
     flat = output.float().flatten(1)
     norm = flat.detach().norm(dim=1).clamp(min=1e-12)
-    return (flat * _signs(flat, generator)).sum(1) / norm
+    signs = _signs(flat, generator)
+    return (flat * torch.stack([signs, signs * _alternating(signs)])).sum(2) / norm
 
 
 def probe_for(num_classes: int) -> Probe:
     """The probe that fits a model: Fisher for classifiers, relative error for backbones (`num_classes` 0)."""
     return fisher_probe if num_classes > 0 else error_probe
+
+
+def pair_for(num_classes: int) -> Probe:
+    """The pair of probes that fits a model."""
+    return fisher_pair if num_classes > 0 else error_pair
 
 
 def loss(reference: Tensor, output: Tensor, num_classes: int) -> Tensor:
@@ -97,15 +122,25 @@ class LayerTrace:
     weight: Tensor | None
 
 
-def trace(graph: Graph, images: Tensor, probe: Probe, generator: torch.Generator, visit: Callable[[LayerTrace], None]) -> None:
-    """One forward and one backward pass over images (B, 3, H, W), which hands every layer's trace to `visit`, last layer first.
+def trace(
+    graph: Graph,
+    images: Tensor,
+    probe: Probe,
+    generator: torch.Generator,
+    visit: Callable[[LayerTrace], None],
+    finished: Callable[[], None] = lambda: None,
+) -> None:
+    """One forward pass over images (B, 3, H, W) and a backward pass a probe, which hands every layer's trace to `visit`, last layer first.
 
-    A layer is visited as soon as its gradients are there and forgotten afterwards. One that no gradient reaches is not visited.
+    A layer is visited as soon as its gradients are there and forgotten after the last backward pass; `finished` is called behind each.
+    One that no gradient reaches is not visited.
     """
     waiting: dict[str, tuple[Tensor, list[Tensor], Callable[..., Tensor], Tensor | None]] = {}
+    remaining = 0  # backward passes after the present one
 
     def arrive(layer: Layer, gradients: Sequence[Tensor | None]) -> None:
-        output, inputs, compute, weight = waiting.pop(layer.name)  # the hook itself holds no tensor: a cycle would outlive the pass
+        # The hook itself holds no tensor: a cycle would outlive the pass.
+        output, inputs, compute, weight = waiting[layer.name] if remaining else waiting.pop(layer.name)
         gradient, *input_gradients = (
             torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(gradients, (output, *inputs), strict=True)
         )
@@ -127,7 +162,10 @@ def trace(graph: Graph, images: Tensor, probe: Probe, generator: torch.Generator
 
     with torch.enable_grad():
         output = run(graph.module, images, {graph.nodes[layer.name]: watch(layer) for layer in graph.layers})
-        probe(output, generator).sum().backward()
+        probes = probe(output, generator).reshape(-1, len(output)).sum(1)
+        for remaining in reversed(range(len(probes))):
+            probes[-1 - remaining].backward(retain_graph=remaining > 0)
+            finished()
     waiting.clear()
 
 

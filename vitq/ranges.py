@@ -6,7 +6,7 @@ with the least squared error, found on the histogram by a coarse grid of (low, h
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,11 +78,16 @@ def fold(graph: Graph, batches: Batches) -> tuple[Graph, dict[str, Histogram]]:
     Returns:
         The folded graph and a histogram of each activation, by `Operand.tensor`.
     """
+    folded = folded_graph(graph, batches)
+    return folded, histograms(folded, batches)
+
+
+def folded_graph(graph: Graph, batches: Batches) -> Graph:
+    """The graph that `fold` makes; the images are gone through once."""
     coupled = couplings(graph)
     rows = {side.linear for coupling in coupled for side in (coupling.first, coupling.second) if not side.columns}
     found = channel_ranges(graph, {*foldable_norms(graph), *rows}, batches)
-    folded = fold_layernorms(rescale_attention(graph, coupled, found), found)
-    return folded, histograms(folded, batches)
+    return fold_layernorms(rescale_attention(graph, coupled, found), found)
 
 
 def channel_ranges(graph: Graph, names: Collection[str], batches: Batches) -> dict[str, ChannelRange]:
@@ -104,7 +109,7 @@ def channel_ranges(graph: Graph, names: Collection[str], batches: Batches) -> di
 
         return intercept
 
-    _go_through(graph, batches, {name: watch(name) for name in names})
+    go_through(graph, batches, {name: watch(name) for name in names})
     return found
 
 
@@ -113,6 +118,13 @@ def histograms(graph: Graph, batches: Batches) -> dict[str, Histogram]:
 
     The first batch sets the range; where later values leave it, the range is doubled towards them and neighbouring bins are merged.
     """
+    found, intercepts = watch_histograms(graph)
+    go_through(graph, batches, intercepts)
+    return found
+
+
+def watch_histograms(graph: Graph) -> tuple[dict[str, Histogram], dict[str, Intercept]]:
+    """Histograms of every activation that fill while the graph runs with the intercepts, by node name."""
     found: dict[str, Histogram] = {}
     first_reader: dict[str, str] = {}
     for layer in graph.layers:
@@ -128,8 +140,7 @@ def histograms(graph: Graph, batches: Batches) -> dict[str, Histogram]:
 
         return intercept
 
-    _go_through(graph, batches, {graph.nodes[layer.name]: watch(layer) for layer in graph.layers})
-    return found
+    return found, {graph.nodes[layer.name]: watch(layer) for layer in graph.layers}
 
 
 def add(histogram: Histogram | None, value: Tensor, weight: Tensor | None = None) -> Histogram:
@@ -242,7 +253,8 @@ def _doubled(histogram: Histogram, downwards: bool) -> Histogram:
     return Histogram(histogram.low, histogram.high + width, torch.cat([merged, empty]))
 
 
-def _go_through(graph: Graph, batches: Batches, intercepts: dict[str, Intercept]) -> None:
+def go_through(graph: Graph, batches: Batches, intercepts: Mapping[str, Intercept]) -> None:
+    """Runs the graph on all images, for what the intercepts make of it."""
     for images, _ in batches:
         with torch.no_grad():
             run(graph.module, images, intercepts)

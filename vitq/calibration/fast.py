@@ -12,10 +12,10 @@ from torch import Tensor
 from vitq.artifacts import BitPlan
 from vitq.calibration.matching import match_moments
 from vitq.checkpoint import Checkpoint
-from vitq.fitting import fit_operand, fit_weights, input_covariances
+from vitq.fitting import fit_operand, fit_weights, observe
 from vitq.graph import Graph, assign, copy
 from vitq.graph.dataflow import argument
-from vitq.ranges import Batches, Histogram, fold
+from vitq.ranges import Batches, Histogram
 
 
 def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
@@ -24,15 +24,14 @@ def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: boo
     Args:
         graph: the captured graph after `rewrite`.
         plan: bits of every layer; checked against the graph's layers.
-        batches: the calibration images; gone through four times.
+        batches: the calibration images; gone through three times.
         symmetric: weights without zero points, at every width.
 
     Raises:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    folded, histograms = fold(graph, batches)
-    return fit_fast(folded, histograms, input_covariances(folded, batches), plan, batches, symmetric)
+    return fit_fast(*observe(graph, batches), plan, batches, symmetric)
 
 
 def fit_fast(
@@ -46,7 +45,7 @@ def fit_fast(
     """The recipe from the folded graph on, which does not depend on the plan: one fold serves many plans.
 
     Args:
-        folded: the folded graph (`ranges.fold`).
+        folded: the folded graph (`fitting.observe`).
         histograms: of its activations, by `Operand.tensor`.
         covariances: of its linears' inputs, by layer name (`input_covariances`).
         plan: bits of every layer.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from vitq.artifacts import Layer, Role
 from vitq.fitting.log_grid import fit_log_grid
 from vitq.fitting.logarithms import fit_adalog, fit_log2, fit_log_sqrt2
+from vitq.fitting.observe import observe
 from vitq.fitting.search import least, squared_error
 from vitq.fitting.twin import fit_twin_uniform
 from vitq.fitting.uniform import RANGES, fit_mse
@@ -16,7 +17,7 @@ from vitq.fitting.weights import fit_weights, input_covariances
 from vitq.quantizers import IntegerQuantizer, Quantizer
 from vitq.ranges import Histogram
 
-__all__ = ["FITS", "RANGES", "fit", "fit_operand", "fit_weights", "input_covariances", "relative_error", "roles"]
+__all__ = ["FITS", "RANGES", "fit", "fit_operand", "fit_weights", "input_covariances", "observe", "relative_error", "roles"]
 
 FITS: dict[str, Callable[[Histogram, int], Quantizer]] = {
     "uniform": fit_mse,

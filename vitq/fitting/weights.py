@@ -6,6 +6,7 @@ Compensation from the quantized network's own inputs gains little more, for a pa
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.fitting.compensation import compensated_widths
-from vitq.graph import Graph, run, tensor_of
+from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
 from vitq.graph.run import Intercept
-from vitq.ranges import Batches, weight_ranges
+from vitq.ranges import Batches, go_through, weight_ranges
 
 _ROWS = 2048  # tokens of a batch that a covariance is taken from, evenly spread
 
@@ -46,32 +47,50 @@ def input_covariances(graph: Graph, batches: Batches) -> dict[str, Tensor]:
 
     Covariance and not second moment: calibration gives every output channel its mean through the bias.
     """
-    linears = {layer.name: graph.layer_node(layer.name) for layer in graph.layers if layer.op == "linear"}
-    first: dict[str, str] = {}
-    for name, node in linears.items():
-        first.setdefault(operand_nodes(node)[0].name, name)
-    counts, totals, squares = dict.fromkeys(linears, 0), {}, {}
+    sums, intercepts = watch_inputs(graph)
+    go_through(graph, batches, intercepts)
+    return {name: found.covariance for name, found in sums.items()}
 
-    def watch(name: str) -> Intercept:
-        def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            rows = arguments[0].reshape(-1, arguments[0].shape[-1])
-            step = max(len(rows) // _ROWS, 1)
-            while step > 1 and gcd(step, len(rows)) > 1:  # no common factor: it does not fall in step with the tokens
-                step += 1
-            rows = rows[::step].float()
-            counts[name] += len(rows)
-            totals[name] = totals.get(name, 0) + rows.sum(0)
-            squares[name] = squares.get(name, 0) + rows.T @ rows
-            return compute(*arguments)
 
-        return intercept
+class InputSums:
+    """Count, sum and products of the rows that a linear reads."""
 
-    intercepts = {graph.nodes[name]: watch(name) for name in first.values()}
-    with torch.no_grad():
-        for images, _ in batches:
-            run(graph.module, images, intercepts)
-    found = {}
-    for name in first.values():
-        mean = totals[name] / max(counts[name], 1)
-        found[name] = squares[name] / max(counts[name], 1) - torch.outer(mean, mean)
-    return {name: found[first[operand_nodes(node)[0].name]] for name, node in linears.items()}
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self._count, self._total, self._products = 0, torch.zeros(inputs, device=device), torch.zeros(inputs, inputs, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Takes in one batch, (..., I)."""
+        rows = x.reshape(-1, x.shape[-1])
+        step = max(len(rows) // _ROWS, 1)
+        while step > 1 and gcd(step, len(rows)) > 1:  # no common factor: it does not fall in step with the tokens
+            step += 1
+        rows = rows[::step].float()
+        self._count += len(rows)
+        self._total += rows.sum(0)
+        self._products += rows.T @ rows
+
+    @property
+    def covariance(self) -> Tensor:
+        """Float32 (I, I)."""
+        count = max(self._count, 1)
+        return self._products / count - torch.outer(self._total, self._total) / count**2
+
+
+def watch_inputs(graph: Graph) -> tuple[dict[str, InputSums], dict[str, Intercept]]:
+    """Sums of what each linear reads, by layer name, that fill while the graph runs with the intercepts, by node name."""
+    sums: dict[str, InputSums] = {}
+    of_value: dict[str, InputSums] = {}
+    intercepts: dict[str, Intercept] = {}
+    for layer in graph.layers:
+        if layer.op == "linear":
+            value = operand_nodes(graph.layer_node(layer.name))[0]
+            if value.name not in of_value:
+                of_value[value.name] = InputSums(layer.operands[1].shape[1], value.meta["val"].device)
+                intercepts[graph.nodes[layer.name]] = partial(_taken_in, of_value[value.name])
+            sums[layer.name] = of_value[value.name]
+    return sums, intercepts
+
+
+def _taken_in(sums: InputSums, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    sums.add(arguments[0])
+    return compute(*arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitq.artifacts import WIDTHS, CostTable, Profile
 from vitq.errors import UsageError
-from vitq.fitting import input_covariances
+from vitq.fitting import observe
 from vitq.graph import Graph
 from vitq.images import Images
 from vitq.importance.controls import random, uniform
@@ -23,7 +23,6 @@ from vitq.importance.sqnr import sqnr
 from vitq.importance.subject import MetricOptions, Subject
 from vitq.importance.weight_mse import weight_mse
 from vitq.models import LoadedModel
-from vitq.ranges import fold
 from vitq.rewrites import prepare
 
 __all__ = ["METRICS", "MetricOptions", "Subject", "profile"]
@@ -76,9 +75,8 @@ def profile(
     if not widths or not set(widths) <= set(WIDTHS):
         raise UsageError(f"bits {','.join(map(str, bits)) or 'none'} cannot be priced; give widths from 2 to 8, such as 2,3,4,8")
     graph, spec = prepare(model, device)
-    folded, histograms = fold(graph, images)
+    folded, histograms, covariances = observe(graph, images)
     kept_in = None if journal is None else Path(journal)
-    covariances = input_covariances(folded, images)
     chosen = options or MetricOptions()
     subject = Subject(folded, histograms, images, tuple(widths), spec.num_classes, seed, chosen, kept_in, covariances)
     costs = {name: METRICS[name](subject) for name in metrics}

@@ -69,10 +69,12 @@ def output_fisher(subject: Subject) -> CostTable:
             if together is not None:
                 together.add(traced.layer.name, products.errors.diagonal(dim1=1, dim2=2)[:, 1:], products.output)
 
-        trace(graph, images, subject.probe, generator, price)
-        if together is not None:
-            together.end_batch()
-        counts += [-(-len(images) // 2), len(images) // 2]
+        def end(count: int = len(images)) -> None:
+            if together is not None:
+                together.end_batch()
+            counts[:] += [-(-count // 2), count // 2]
+
+        trace(graph, images, subject.pair, generator, price, end)
     totals = {name: found.costs() for name, found in moments.items()}
     table = _table(graph, {name: total.sum(0) / max(counts.sum(), 1) for name, total in totals.items()}, subject.bits)
     if counts.min() > 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vitq.artifacts import MetricOptions
-from vitq.gradients import Probe, probe_for
+from vitq.gradients import Probe, pair_for, probe_for
 from vitq.graph import Graph
 from vitq.ranges import Batches, Histogram
 
@@ -36,3 +36,8 @@ class Subject:
     def probe(self) -> Probe:
         """The random scalar of the output whose gradients know the loss's second derivative."""
         return probe_for(self.num_classes)
+
+    @property
+    def pair(self) -> Probe:
+        """A pair of such scalars, whose mean has less noise."""
+        return pair_for(self.num_classes)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from vitq.artifacts import BitPlan
 from vitq.calibration.fast import fit_fast
-from vitq.fitting import input_covariances
+from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.graph import Graph
 from vitq.models import LoadedModel
-from vitq.ranges import Batches, Histogram, fold
+from vitq.ranges import Batches, Histogram
 from vitq.rewrites import prepare
 
 
@@ -36,8 +36,7 @@ class Trials:
     def of(cls, model: LoadedModel, calibration: Batches, held_out: Batches, device: str = "cpu") -> "Trials":
         """Captures and folds the model. Raises InputError where it cannot be captured."""
         graph, spec = prepare(model, device)
-        folded, histograms = fold(graph, calibration)
-        return cls(folded, histograms, input_covariances(folded, calibration), calibration, held_out, spec.num_classes)
+        return cls(*observe(graph, calibration), calibration, held_out, spec.num_classes)
 
     def losses(self, plan: BitPlan) -> list[float]:
         """KL(float || quantized) in nats for each held-out image; of a backbone, half the squared relative error."""
