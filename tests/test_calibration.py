@@ -307,6 +307,9 @@ DAMAGE = {
     "a zero point between codes": (_meta("activations", _first_activation(lambda p: p | {"zero_point": 1.5})), "do not go together"),
     "a zero point beyond the codes": (_meta("activations", _first_activation(lambda p: p | {"zero_point": 4})), "do not go together"),
     "bits that are true": (_meta("activations", _first_activation(lambda p: p | {"bits": True})), "do not go together"),
+    "an error that is text": (_meta("errors", lambda e: {FC1: {"sqnr": None, "kl": "0"}}), "are no numbers"),
+    "an error without its KL": (_meta("errors", lambda e: {FC1: {"sqnr": 3.0}}), "is damaged: "),
+    "errors that are no object": (_meta("errors", lambda e: [1]), "is damaged: "),
     "origins that are no object": (_meta("made_from", lambda m: 5), "is damaged: "),
 }
 

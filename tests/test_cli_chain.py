@@ -180,13 +180,27 @@ def test_json_is_one_document_and_nothing_else(session: Path, arguments: tuple[o
     assert "next:" not in done.err
 
 
+def test_calibrate_and_show_tell_what_each_layer_costs(session: Path):
+    done = vitq("calibrate", "--json", "--force", "-o", "again.safetensors", folder=session)
+    layers = done.document["layers"]
+    assert done.document["predicted_kl"] == pytest.approx(sum(error["kl"] for error in layers.values()))
+    shown = vitq("show", "again.safetensors", "--json", folder=session).document["layers"]
+    assert {row["name"]: {"sqnr": row["sqnr"], "kl": row["kl"]} for row in shown} == layers
+    text = vitq("show", "again.safetensors", folder=session).out
+    assert "SQNR dB" in text and max(map(len, text.splitlines())) <= 80
+
+
 def test_stdout_of_a_process_is_pure(session: Path):
     """Libraries that write past sys.stdout would show here."""
-    command = [sys.executable, "-m", "vitq", "export", "--json", "--force", "--num-images", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=session, env=environment(), timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["integer_kernels"] > 0
-    assert "\x1b" not in done.stdout + done.stderr
+    for arguments, key in (
+        (["allocate", "--budget", "4.0", "-o", "other.json"], "objective"),
+        (["export", "--num-images", "4"], "integer_kernels"),
+    ):
+        command = [sys.executable, "-m", "vitq", *arguments, "--json", "--force"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=session, env=environment(), timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)[key] > 0
+        assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_quiet_says_the_result_only(session: Path):

@@ -36,7 +36,8 @@ class Checkpoint:
     """A calibrated model.
 
     `graph` is the float graph whose weights are the dequantized ones, with final biases. `weights` are by layer name, `activations`
-    by `Operand.tensor`. `plan` holds the model's specification.
+    by `Operand.tensor`. `plan` holds the model's specification. `floats` is the folded float graph that it was made from, of the same
+    nodes; a file does not hold it. `errors` are each layer's "sqnr" (decibels) and "kl" (nats per image) as calibration found them.
     """
 
     graph: Graph
@@ -44,6 +45,8 @@ class Checkpoint:
     weights: dict[str, QuantizedWeight]
     activations: Mapping[str, Quantizer]
     made_from: dict[str, Any] = field(default_factory=dict, compare=False)
+    floats: Graph | None = field(default=None, compare=False)
+    errors: dict[str, dict[str, float | None]] = field(default_factory=dict, compare=False)
 
     def quantized_module(self) -> GraphModule:
         """The fake-quantized graph: a module from images (B, 3, H, W) to the output."""
@@ -64,6 +67,7 @@ def save(checkpoint: Checkpoint, path: str | Path, force: bool = False) -> None:
         "plan": checkpoint.plan.model_dump_json(),
         "activations": json.dumps({name: to_json(quantizer) for name, quantizer in checkpoint.activations.items()}),
         "made_from": json.dumps(checkpoint.made_from),
+        "errors": json.dumps(checkpoint.errors),
     }
     tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -76,7 +80,7 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
         InputError: the file is missing, damaged, of another kind, or made for another graph (another torch or timm).
     """
     path = Path(path)
-    tensors, plan, activations, made_from = _read(path)
+    tensors, plan, activations, made_from, errors = _read(path)
     spec = plan.model
     graph = rewrite(capture(build(spec.architecture, spec.arguments, spec.num_classes), _input_size(path, spec), device))
     if graph.digest != spec.graph_digest:
@@ -102,12 +106,12 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
             if operand.tensor not in activations or activations[operand.tensor].bits != bits[layer.name].activation_bits:
                 wanted = bits[layer.name].activation_bits
                 raise InputError(f"{path} has no {wanted}-bit scale for the input of layer {layer.name!r}; run `vitq calibrate` again")
-    return Checkpoint(graph, plan, weights, activations, made_from)
+    return Checkpoint(graph, plan, weights, activations, made_from, errors=errors)
 
 
 def read_plan(path: str | Path) -> tuple[BitPlan, dict[str, Any]]:
     """The plan of a checkpoint and what it was made from, without building the model; errors as those of `load`."""
-    _, plan, _, made_from = _read(Path(path))
+    _, plan, _, made_from, _ = _read(Path(path))
     return plan, made_from
 
 
@@ -132,7 +136,10 @@ def _input_size(path: Path, spec: ModelSpec) -> tuple[int, int, int]:
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, Quantizer], dict[str, Any]]:
+_Read = tuple[dict[str, Tensor], BitPlan, dict[str, Quantizer], dict[str, Any], dict[str, dict[str, float | None]]]
+
+
+def _read(path: Path) -> _Read:
     refuse_missing(path, "vitq calibrate")
     try:
         with safe_open(path, framework="pt") as file:
@@ -144,13 +151,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], BitPlan, dict[str, Quantizer],
         plan = BitPlan.model_validate_json(metadata["plan"])
         activations = {name: from_json(entry) for name, entry in json.loads(metadata["activations"]).items()}
         made_from = dict(json.loads(metadata.get("made_from", "{}")))
+        errors = {name: _layer_error(**entry) for name, entry in json.loads(metadata.get("errors", "{}")).items()}
     except (SafetensorError, ValidationError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} is damaged: {reason}; run `vitq calibrate` again") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: tensor {name!r} holds values that are not finite; run `vitq calibrate` again")
-    return tensors, plan, activations, made_from
+    return tensors, plan, activations, made_from, errors
+
+
+def _layer_error(sqnr: float | None, kl: float) -> dict[str, float | None]:
+    if not (isinstance(kl, float) and (sqnr is None or isinstance(sqnr, float))):
+        raise ValueError(f"sqnr {sqnr!r} and kl {kl!r} of a layer are no numbers")
+    return {"sqnr": sqnr, "kl": kl}
 
 
 def _weight(path: Path, tensors: dict[str, Tensor], layer: Layer, bits: int | None) -> QuantizedWeight:

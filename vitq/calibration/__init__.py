@@ -1,10 +1,11 @@
 """Recipes: from a plan and images to a calibrated checkpoint. One file each, one line of `RECIPES` each."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from vitq.artifacts import BitPlan
+from vitq.calibration.attribution import LayerError, attribute
 from vitq.calibration.estimate import Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
 from vitq.calibration.learning import Learning
@@ -16,7 +17,7 @@ from vitq.images import Images
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
 
-__all__ = ["RECIPES", "Estimate", "Learning", "Progress", "calibrate", "expected"]
+__all__ = ["RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "expected"]
 
 RECIPES: dict[str, Callable[..., Checkpoint]] = {"fast": calibrate_fast, "reconstruct": calibrate_reconstruct}
 
@@ -56,11 +57,12 @@ def calibrate(
     graph = _graph(model, plan, device)
     options: dict[str, Any] = {"learning": learning or Learning(), "progress": progress} if recipe in _LEARNING else {}
     checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric, **options)
+    errors = {name: asdict(error) for name, error in attribute(checkpoint, images).items()}
     calibrated_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
     calibration: dict[str, Any] = {"recipe": recipe, "images": calibrated_on} | ({"symmetric": True} if symmetric else {})
     if options:
         calibration |= {"iterations": options["learning"].iterations, "seed": options["learning"].seed}
-    return replace(checkpoint, made_from={**plan.made_from, "calibration": calibration})
+    return replace(checkpoint, errors=errors, made_from={**plan.made_from, "calibration": calibration})
 
 
 def expected(model: LoadedModel, plan: BitPlan, images: Images, device: str = "cpu", learning: Learning | None = None) -> Estimate:

@@ -69,4 +69,5 @@ def fit_fast(
     tensors |= {str(argument(folded.layer_node(name), 2).target): bias for name, bias in biases.items()}
     assign(module, tensors)
     module.recompile()
-    return Checkpoint(Graph(module, folded.input_shape, folded.layers, folded.nodes, folded.blocks), plan, weights, activations)
+    graph = Graph(module, folded.input_shape, folded.layers, folded.nodes, folded.blocks)
+    return Checkpoint(graph, plan, weights, activations, floats=folded)

@@ -1,9 +1,10 @@
 """`vitq calibrate`: quantizers fitted to a plan, into model.safetensors."""
 
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +21,7 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
+from vitq.cli.layer_table import worst
 from vitq.cli.terminal import Terminal, in_minutes, in_units
 from vitq.errors import UsageError
 
@@ -85,7 +87,8 @@ def calibrate(
         checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric, learning, progress)
     calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
     save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)
-    document = {
+    lines: list[str] = []
+    document: dict[str, Any] = {
         "output": str(path),
         "recipe": recipe,
         "quantized_layers": len(chosen.layers),
@@ -94,6 +97,10 @@ def calibrate(
         "skipped": opened.skipped,
         "seconds": time.perf_counter() - started,
     }
+    if errors := checkpoint.errors:
+        document |= {"predicted_kl": math.fsum(error["kl"] or 0.0 for error in errors.values()), "layers": errors}
+        unit = "nats per image" if chosen.model.num_classes else "half the relative squared error"
+        lines.append(f"its layers cost {document['predicted_kl']:.4f} ({unit}) on these images, most of all {worst(errors)}")
     what = f"{len(chosen.layers)} layers calibrated by recipe {recipe} on {opened.num_images} images in {document['seconds']:.1f} s"
-    terminal.result(document, what, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
+    terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
     terminal.next(in_folder("vitq export", path, CHECKPOINT))

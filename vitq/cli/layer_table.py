@@ -24,6 +24,13 @@ def layer_rows(layers: Iterable[Layer], bits: Mapping[str, LayerBits] | None = N
     return rows
 
 
+def worst(errors: Mapping[str, Mapping[str, Any]], count: int = 3) -> str:
+    """The layers that cost most, with their parts of all layers' KL, in words."""
+    whole = sum(error["kl"] for error in errors.values()) or 1.0
+    first = sorted(errors, key=lambda name: (-errors[name]["kl"], name))[:count]
+    return ", ".join(f"{name} {100 * errors[name]['kl'] / whole:.0f} %" for name in first)
+
+
 def plan_table(plan: BitPlan, layers: Iterable[Layer]) -> "Table":
     """The plan of a model whose layers are known."""
     return layer_table(layer_rows(layers, plan.bits))
@@ -34,6 +41,8 @@ def layer_table(rows: Sequence[Row]) -> "Table":
     known = {key for row in rows for key in row}
     columns = [("type", "type", "left"), ("parameters", "weights", "right"), ("macs", "MACs", "right"), ("operands", "reads", "left")]
     columns = [column for column in columns if column[0] in known]
+    if "kl" in known:  # 80 columns: what a calibrated layer costs says more than how large it is
+        columns = [("type", "type", "left"), ("sqnr", "SQNR dB", "right"), ("kl", "KL", "right")]
     with_bits = "activation_bits" in known
     table = _table("layer", [(title, justify) for _, title, justify in columns] + [("bits", "left")] * with_bits)
     block = None
@@ -68,6 +77,8 @@ def _table(first: str, others: Sequence[tuple[str, Any]]) -> "Table":
 def _cell(key: str, value: Any) -> str:
     if value is None or (key == "parameters" and not value):
         return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if key == "sqnr" else f"{value:.5f}"
     if key == "operands":
         roles = [str(operand["role"]) for operand in value if operand["role"] != "weight"]
         return " x ".join(_SHORT.get(role, role) for role in roles)

@@ -81,7 +81,8 @@ def _read(artifact: str, loading: LoadingOptions) -> Shown:
         return _read_onnx(path)
     if path.is_file() and checkpoint.is_checkpoint(path):
         found = checkpoint.load(path)
-        return Shown(_head("calibrated model", found.plan.model, found.made_from), layer_rows(found.graph.layers, found.plan.bits))
+        rows = [row | found.errors.get(row["name"], {}) for row in layer_rows(found.graph.layers, found.plan.bits)]
+        return Shown(_head("calibrated model", found.plan.model, found.made_from), rows)
     from vitq.models import load
     from vitq.rewrites import prepare
 
