@@ -8,7 +8,9 @@ from vitq.artifacts import BitPlan
 from vitq.calibration.estimate import Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
 from vitq.calibration.learning import Learning
+from vitq.calibration.mix_qvit import calibrate_mix_qvit
 from vitq.calibration.reconstruct import Progress, calibrate_reconstruct
+from vitq.calibration.repq_vit import calibrate_repq_vit
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.graph import Graph
@@ -18,7 +20,12 @@ from vitq.rewrites import prepare
 
 __all__ = ["RECIPES", "Estimate", "Learning", "Progress", "calibrate", "expected"]
 
-RECIPES: dict[str, Callable[..., Checkpoint]] = {"fast": calibrate_fast, "reconstruct": calibrate_reconstruct}
+RECIPES: dict[str, Callable[..., Checkpoint]] = {
+    "fast": calibrate_fast,
+    "reconstruct": calibrate_reconstruct,
+    "repq-vit": calibrate_repq_vit,
+    "mix-qvit": calibrate_mix_qvit,
+}
 
 _LEARNING = {"reconstruct"}  # recipes that take a Learning and tell their progress
 
