@@ -14,11 +14,13 @@ from vitq import checkpoint as checkpoints
 from vitq.affine import quantize_weight
 from vitq.calibration import RECIPES
 from vitq.calibration.channelwise import Channels, fold_channelwise
+from vitq.calibration.erq import compensated_layer
 from vitq.calibration.mix_qvit import CLIPS, calibrate_mix_qvit, clipped, readers_error
 from vitq.calibration.repq_vit import calibrate_repq_vit
 from vitq.checkpoint import Checkpoint
 from vitq.cli.calibrate import RECIPE_HELP
 from vitq.errors import InputError
+from vitq.fitting.inputs import InputMoments
 from vitq.fitting.percentile import percentile_channels, percentile_log_sqrt2, percentile_uniform, percentile_weights
 from vitq.fitting.search import as_scale
 from vitq.graph import Graph, values_at
@@ -283,3 +285,30 @@ def test_k_is_chosen_by_the_readers_error_in_folded_units():
         output = candidate.common.quantize_dequantize((x + shift) / ratio) @ quantized.T - weight @ shift
         wanted = float((output - x @ weight.T).square().sum())
         assert readers_error(candidate, x, [(weight, 3)]) == pytest.approx(wanted, rel=2e-2)
+
+
+# ERQ
+
+
+def test_erq_is_the_ridge_regression_of_the_float_output_on_what_is_read():
+    """With widths that leave the rounding exact enough to see the regression: numpy's least squares on the rows themselves."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(200, 6, generator=generator) + 1
+    read = x + 0.3 * torch.randn(200, 6, generator=generator)
+    weight, bias = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
+    codes, moved = compensated_layer(weight, bias, InputMoments.of(x, read), 8, 0.0)
+    rows = np.concatenate([read.double().numpy(), np.ones((200, 1))], 1)
+    wanted = np.linalg.lstsq(rows, (x @ weight.T + bias).double().numpy(), rcond=None)[0]
+    assert np.allclose(codes.dequantize().double().numpy(), wanted[:6].T, atol=2 * float(codes.scale.max()))
+    assert np.allclose(moved.numpy(), wanted[6], atol=1e-4)
+
+
+def test_erq_comes_nearer_to_the_float_network_than_its_base(graph: Graph):
+    """On its own images, of which there are more than inputs."""
+    model, _ = captured("vit")
+    x = images(48, 32)
+    plan, errors = plan_for(graph, "vit", 4), {}
+    for recipe in ("repq-vit", "erq"):
+        with torch.no_grad():
+            errors[recipe] = float((RECIPES[recipe](graph, plan, [(x, None)]).quantized_module()(x) - model(x)).norm())
+    assert errors["erq"] < errors["repq-vit"]
