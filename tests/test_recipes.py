@@ -11,9 +11,9 @@ from small_models import captured, images
 from test_calibration import in_batches, plan_for
 
 from vitq import checkpoint as checkpoints
-from vitq.affine import quantize_weight
+from vitq.affine import quantize_weight, weight_qparams
 from vitq.calibration import RECIPES
-from vitq.calibration.channelwise import Channels, fold_channelwise
+from vitq.calibration.channelwise import Channels, fold_channelwise, output_error
 from vitq.calibration.erq import compensated_layer
 from vitq.calibration.mix_qvit import CLIPS, calibrate_mix_qvit, clipped, readers_error
 from vitq.calibration.repq_vit import calibrate_repq_vit
@@ -21,10 +21,11 @@ from vitq.checkpoint import Checkpoint
 from vitq.cli.calibrate import RECIPE_HELP
 from vitq.errors import InputError
 from vitq.fitting.inputs import InputMoments
+from vitq.fitting.output_error import refined_by_output, weight_by_output
 from vitq.fitting.percentile import percentile_channels, percentile_log_sqrt2, percentile_uniform, percentile_weights
 from vitq.fitting.search import as_scale
 from vitq.graph import Graph, values_at
-from vitq.quantizers import LogSqrt2, Uniform
+from vitq.quantizers import AdaLog, LogSqrt2, Quantizer, TwinUniform, Uniform
 from vitq.rewrites import fold_factors, foldable_norms, norm_readers, rewrite
 
 PAPERS = sorted(set(RECIPES) - {"reconstruct", "fast"})  # the other two have tests of their own
@@ -312,3 +313,53 @@ def test_erq_comes_nearer_to_the_float_network_than_its_base(graph: Graph):
         with torch.no_grad():
             errors[recipe] = float((RECIPES[recipe](graph, plan, [(x, None)]).quantized_module()(x) - model(x)).norm())
     assert errors["erq"] < errors["repq-vit"]
+
+
+# Searches by the layer's output
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_the_outputs_error_is_that_of_the_layers_output(position: int):
+    generator = torch.Generator().manual_seed(4)
+    quantizer = Uniform(0.5, 7, 4)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((5, 9, 6), (4, 6), (4,)))
+    linear = torch.nn.functional.linear
+    wanted = float((linear(quantizer.quantize_dequantize(x), weight, bias) - linear(x, weight, bias)).square().sum())
+    assert output_error(linear, (x, weight, bias), 0, quantizer) == pytest.approx(wanted, rel=1e-4)
+    operands = [x, torch.randn(5, 6, 3, generator=generator)]
+    before = operands[0] @ operands[1]
+    found = output_error(torch.matmul, tuple(operands), position, quantizer)
+    operands[position] = quantizer.quantize_dequantize(operands[position])
+    assert found == pytest.approx(float((operands[0] @ operands[1] - before).square().sum()), rel=1e-4)
+    image, kernel = torch.randn(2, 3, 8, 8, generator=generator), torch.randn(4, 3, 2, 2, generator=generator)
+    wanted = torch.conv2d(quantizer.quantize_dequantize(image), kernel, bias, 2) - torch.conv2d(image, kernel, bias, 2)
+    assert output_error(torch.conv2d, (image, kernel, bias, 2), 0, quantizer) == pytest.approx(float(wanted.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("first", [Uniform(0.25, 5, 4), AdaLog(1.0, 37, 3), TwinUniform(0.0625, 0.5, 4, negative=True)])
+def test_the_search_ends_where_no_neighbour_is_better(first: Quantizer):
+    x = torch.randn(400, generator=torch.Generator().manual_seed(6)).abs()
+    tried: list[Quantizer] = []
+
+    def error(quantizer: Quantizer) -> float:
+        tried.append(quantizer)
+        return float((quantizer.quantize_dequantize(x) - x).square().sum())
+
+    best = refined_by_output(first, error)
+    assert error(best) == min(error(quantizer) for quantizer in list(tried)) < error(first)
+    assert type(best) is type(first) and best.bits == first.bits and len(set(tried)) <= 2 * 9 * 6 + 1
+    assert refined_by_output(LogSqrt2(1.0, 4), error) == LogSqrt2(1.0, 4)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(3, False), (3, True), (8, False)])
+def test_weights_ranges_have_the_least_error_of_the_output(bits: int, symmetric: bool):
+    generator = torch.Generator().manual_seed(7)
+    weight, x = torch.randn(5, 8, generator=generator), torch.randn(60, 8, generator=generator) * torch.logspace(-1, 1, 8)
+    found = weight_by_output(weight, x.T @ x / 60, bits, symmetric).dequantize()
+    for row, own in zip(weight, found, strict=True):
+        best = math.inf
+        for shrink in torch.linspace(1.0, 0.3, 48).tolist():
+            low, high = row.min().clamp(max=0) * shrink, row.max().clamp(min=0) * shrink
+            codes = quantize_weight(row[None], *weight_qparams(low[None], high[None], bits, symmetric), bits)
+            best = min(best, float((x @ (codes.dequantize()[0] - row)).square().sum()))
+        assert float((x @ (own - row)).square().sum()) == pytest.approx(best, rel=1e-3)

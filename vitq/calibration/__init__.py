@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from vitq.artifacts import BitPlan
+from vitq.calibration.adalog import calibrate_adalog
 from vitq.calibration.erq import calibrate_erq
 from vitq.calibration.estimate import Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
@@ -27,6 +28,7 @@ RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "repq-vit": calibrate_repq_vit,
     "mix-qvit": calibrate_mix_qvit,
     "erq": calibrate_erq,
+    "adalog": calibrate_adalog,
 }
 
 _LEARNING = {"reconstruct"}  # recipes that take a Learning and tell their progress

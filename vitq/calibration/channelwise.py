@@ -13,8 +13,9 @@ codes; where padding enters between the norm and its readers, and for RMSNorm, t
 paper's code), nor is attention rescaled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,14 +58,18 @@ class Channels:
         return scale / common.scale, scale * (self.zero_point.double() - common.zero_point)
 
 
-Fit = Callable[[Tensor, int, Operand], Quantizer]
-"""The quantizer of an operand that no folded norm makes: from what it holds, at so many bits."""
+Fit = Callable[[Tensor, int, Operand, Callable[[Quantizer], float]], Quantizer]
+"""The quantizer of an operand that no folded norm makes: from what it holds, at so many bits; the function gives the squared error of the
+output of the layer that reads it, under a quantizer."""
+
+Weigh = Callable[[Tensor, Tensor, int], QuantizedWeight]
+"""A linear's weight in codes: from the weight, what the layer reads, and bits."""
 
 Choose = Callable[[Channels, Tensor, list[tuple[Tensor, int]]], Channels]
 """What becomes of a norm's channels: from them, the norm's output and its readers' weights, each with its bits."""
 
 
-def fit_percentile(x: Tensor, bits: int, operand: Operand) -> Quantizer:
+def fit_percentile(x: Tensor, bits: int, operand: Operand, error: Callable[[Quantizer], float]) -> Quantizer:
     """RepQ-ViT's: log-sqrt2 for a softmax, uniform else, both from quantiles."""
     return percentile_log_sqrt2(x, bits) if operand.role == "post_softmax" else percentile_uniform(x, bits)
 
@@ -109,7 +114,8 @@ def fold_channelwise(
             read = list(arguments)
             for position, operand in enumerate(operands):
                 if operand.tensor not in activations:
-                    activations[operand.tensor] = fit(read[position], bits[layer.name].activation_bits, operand)
+                    error = partial(output_error, compute, arguments, position)
+                    activations[operand.tensor] = fit(arguments[position], bits[layer.name].activation_bits, operand, error)
                 read[position] = activations[operand.tensor].quantize_dequantize(read[position])
             if layer.has_weight:
                 weight, width = weight_of(layer.name)
@@ -135,6 +141,52 @@ def folded_weights(folded: Graph, plan: BitPlan, symmetric: bool) -> dict[str, Q
             weight = tensor_of(folded.module, operand_nodes(folded.layer_node(layer.name))[1])
             found[layer.name] = quantize_weight(weight, *percentile_weights(weight, width, symmetric), width)
     return found
+
+
+def fit_in_sequence(
+    folded: Graph, plan: BitPlan, activations: Mapping[str, Quantizer], batches: Batches, weigh: Weigh, symmetric: bool
+) -> dict[str, QuantizedWeight]:
+    """Every layer's weight by layer name, each linear's fitted to what the layers before it, quantized, make of the images.
+
+    Args:
+        folded: the folded float graph.
+        plan: bits of every layer.
+        activations: the quantizers by `Operand.tensor`.
+        batches: the calibration images; gone through once, held in memory.
+        weigh: fits a linear's weight; convolutions get `folded_weights`.
+        symmetric: weights without zero points.
+    """
+    found = folded_weights(folded, plan, symmetric)
+
+    def at_layer(layer: Layer) -> Intercept:
+        def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            count = len(layer.activations)
+            operands = zip(layer.activations, arguments, strict=False)
+            read = [activations[operand.tensor].quantize_dequantize(x) for operand, x in operands]
+            if not layer.has_weight:
+                return compute(*read, *arguments[count:])
+            if layer.op == "linear":
+                found[layer.name] = weigh(arguments[1], read[0], found[layer.name].bits)
+            return compute(*read, found[layer.name].dequantize(), *arguments[2:])
+
+        return intercept
+
+    with torch.no_grad():
+        run(
+            folded.module,
+            torch.cat([images for images, _ in batches]),
+            {folded.nodes[layer.name]: at_layer(layer) for layer in folded.layers},
+        )
+    return found
+
+
+def output_error(compute: Callable[..., Tensor], arguments: tuple[Any, ...], position: int, quantizer: Quantizer) -> float:
+    """What quantizing one argument of an op changes of its output, which is linear in it: the sum of squares."""
+    x = arguments[position]
+    operands = list(arguments[:2])
+    operands[position] = quantizer.quantize_dequantize(x) - x
+    rest = (None, *arguments[3:]) if len(arguments) > 2 else ()  # a bias adds the same to both outputs
+    return float(compute(*operands, *rest).square().sum(dtype=torch.float64))
 
 
 def _at_width(common: Uniform, bits: int) -> Uniform:

@@ -28,7 +28,7 @@ from vitq.graph import Graph, advance, start
 from vitq.graph.run import Intercept
 from vitq.ranges import Batches
 
-RIDGE = 2.0
+RIDGE = 4.0
 """Lambda of both regressions, in units of the inputs' mean square."""
 
 
