@@ -20,12 +20,15 @@ from vitq.calibration.repq_vit import calibrate_repq_vit
 from vitq.checkpoint import Checkpoint
 from vitq.cli.calibrate import RECIPE_HELP
 from vitq.errors import InputError
+from vitq.fitting import FITS
 from vitq.fitting.inputs import InputMoments
 from vitq.fitting.output_error import refined_by_output, weight_by_output
 from vitq.fitting.percentile import percentile_channels, percentile_log_sqrt2, percentile_uniform, percentile_weights
 from vitq.fitting.search import as_scale
+from vitq.gradients import LayerTrace, probe_for, trace
 from vitq.graph import Graph, values_at
-from vitq.quantizers import AdaLog, LogSqrt2, Quantizer, TwinUniform, Uniform
+from vitq.quantizers import AdaLog, Log2, LogSqrt2, PowerOfTwoFactor, Quantizer, TwinUniform, Uniform
+from vitq.ranges import histograms
 from vitq.rewrites import fold_factors, foldable_norms, norm_readers, rewrite
 
 PAPERS = sorted(set(RECIPES) - {"reconstruct", "fast"})  # the other two have tests of their own
@@ -363,3 +366,54 @@ def test_weights_ranges_have_the_least_error_of_the_output(bits: int, symmetric:
             codes = quantize_weight(row[None], *weight_qparams(low[None], high[None], bits, symmetric), bits)
             best = min(best, float((x @ (codes.dequantize()[0] - row)).square().sum()))
         assert float((x @ (own - row)).square().sum()) == pytest.approx(best, rel=1e-3)
+
+
+# FQ-ViT and PTQ4ViT
+
+
+def test_fq_vits_factors_are_each_channels_best_power_of_two(graph: Graph):
+    x = images(10, 32)
+    checkpoint = RECIPES["fq-vit"](graph, plan_for(graph, "vit", 4), in_batches(x, 5))
+    layers = {layer.name: layer for layer in graph.layers}
+    operand = layers["blocks.1.mlp.fc1"].operands[0]
+    found = checkpoint.activations[operand.tensor]
+    assert isinstance(found, PowerOfTwoFactor)
+    values = values_at(graph.module, x, [operand.tensor])[operand.tensor].detach().reshape(-1, 64).double().numpy()
+    assert found.scale * 8 * 15 == pytest.approx(values.max() - values.min(), rel=2e-3)  # the ends are known to a bin
+    for channel, exponent in enumerate(found.exponents):
+        errors = []
+        for alpha in (1, 2, 4, 8):
+            scale = found.scale * alpha
+            moved = (np.clip(np.round(values[:, channel] / scale) + found.zero_point, 0, 15) - found.zero_point) * scale
+            errors.append(((moved - values[:, channel]) ** 2).sum())
+        assert errors[exponent] <= min(errors) * (1 + 1e-4)
+    assert len(set(found.exponents)) > 1
+    softmax = [operand.tensor for layer in graph.layers for operand in layer.activations if operand.role == "post_softmax"]
+    assert len(softmax) == 2 and all(checkpoint.activations[tensor] == Log2(1.0, 4) for tensor in softmax)
+    own = checkpoint.graph.module.get_parameter("blocks.0.norm1.weight")
+    assert torch.equal(own, graph.module.get_parameter("blocks.0.norm1.weight"))
+
+
+def test_ptq4vits_ranges_have_the_least_error_weighted_by_gradients(graph: Graph):
+    plan, batches = plan_for(graph, "vit", 3), in_batches(images(12, 32), 6)
+    checkpoint = RECIPES["ptq4vit"](graph, plan, batches)
+    squares: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def visit(traced: LayerTrace) -> None:
+        for operand, x, gradient in zip(traced.layer.activations, traced.inputs, traced.input_gradients, strict=True):
+            squares.setdefault(operand.tensor, []).append((x.double(), gradient.double().square()))
+
+    generator = torch.Generator().manual_seed(0)
+    for batch, _ in batches:
+        trace(graph, batch, probe_for(10), generator, visit)
+
+    def error(tensor: str, quantizer: Quantizer) -> float:
+        return sum(float((weight * (quantizer.quantize_dequantize(x.float()) - x).square()).sum()) for x, weight in squares[tensor])
+
+    plain = histograms(graph, batches)
+    for layer in graph.layers:
+        for operand in layer.activations:
+            found, twin = checkpoint.activations[operand.tensor], operand.role in ("post_softmax", "post_gelu")
+            assert isinstance(found, TwinUniform if twin else Uniform)
+            other = FITS["twin-uniform" if twin else "uniform"](plain[operand.tensor], 3)
+            assert error(operand.tensor, found) <= 1.02 * error(operand.tensor, other), operand.tensor

@@ -9,8 +9,10 @@ from vitq.calibration.adalog import calibrate_adalog
 from vitq.calibration.erq import calibrate_erq
 from vitq.calibration.estimate import Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
+from vitq.calibration.fq_vit import calibrate_fq_vit
 from vitq.calibration.learning import Learning
 from vitq.calibration.mix_qvit import calibrate_mix_qvit
+from vitq.calibration.ptq4vit import calibrate_ptq4vit
 from vitq.calibration.reconstruct import Progress, calibrate_reconstruct
 from vitq.calibration.repq_vit import calibrate_repq_vit
 from vitq.checkpoint import Checkpoint
@@ -29,6 +31,8 @@ RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "mix-qvit": calibrate_mix_qvit,
     "erq": calibrate_erq,
     "adalog": calibrate_adalog,
+    "fq-vit": calibrate_fq_vit,
+    "ptq4vit": calibrate_ptq4vit,
 }
 
 _LEARNING = {"reconstruct"}  # recipes that take a Learning and tell their progress

@@ -23,7 +23,10 @@ from vitq.cli.chain import (
 from vitq.cli.terminal import Terminal, in_minutes, in_units
 from vitq.errors import UsageError
 
-RECIPE_HELP = "fast: minutes, no gradients; reconstruct: the most accurate; as papers do, to compare with: repq-vit, mix-qvit, erq, adalog."
+RECIPE_HELP = (
+    "fast: minutes, no gradients; reconstruct: the most accurate; "
+    "as papers do, to compare with: repq-vit, mix-qvit, erq, adalog, fq-vit, ptq4vit."
+)
 
 
 def calibrate(
