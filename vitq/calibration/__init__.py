@@ -5,11 +5,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vitq.artifacts import BitPlan
+from vitq.calibration.adalog import calibrate_adalog
 from vitq.calibration.attribution import LayerError, attribute
+from vitq.calibration.erq import calibrate_erq
 from vitq.calibration.estimate import Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
+from vitq.calibration.fq_vit import calibrate_fq_vit
 from vitq.calibration.learning import Learning
+from vitq.calibration.mix_qvit import calibrate_mix_qvit
+from vitq.calibration.ptq4vit import calibrate_ptq4vit
 from vitq.calibration.reconstruct import Progress, calibrate_reconstruct
+from vitq.calibration.repq_vit import calibrate_repq_vit
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.graph import Graph
@@ -19,7 +25,16 @@ from vitq.rewrites import prepare
 
 __all__ = ["RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "expected"]
 
-RECIPES: dict[str, Callable[..., Checkpoint]] = {"fast": calibrate_fast, "reconstruct": calibrate_reconstruct}
+RECIPES: dict[str, Callable[..., Checkpoint]] = {
+    "fast": calibrate_fast,
+    "reconstruct": calibrate_reconstruct,
+    "repq-vit": calibrate_repq_vit,
+    "mix-qvit": calibrate_mix_qvit,
+    "erq": calibrate_erq,
+    "adalog": calibrate_adalog,
+    "fq-vit": calibrate_fq_vit,
+    "ptq4vit": calibrate_ptq4vit,
+}
 
 _LEARNING = {"reconstruct"}  # recipes that take a Learning and tell their progress
 

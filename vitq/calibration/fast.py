@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vitq.artifacts import BitPlan
+from vitq.calibration.assemble import assemble
 from vitq.calibration.matching import match_moments
 from vitq.checkpoint import Checkpoint
 from vitq.fitting import fit_operand, fit_weights, observe
-from vitq.graph import Graph, assign, copy
-from vitq.graph.dataflow import argument
+from vitq.graph import Graph
 from vitq.ranges import Batches, Histogram
 
 
@@ -64,10 +64,4 @@ def fit_fast(
         if (width := bits[layer.name].weight_bits) is not None
     }
     weights, biases = match_moments(folded, activations, weights, batches)
-    module = copy(folded)
-    tensors = {layer.operands[1].tensor: weights[layer.name].dequantize() for layer in folded.layers if layer.has_weight}
-    tensors |= {str(argument(folded.layer_node(name), 2).target): bias for name, bias in biases.items()}
-    assign(module, tensors)
-    module.recompile()
-    graph = Graph(module, folded.input_shape, folded.layers, folded.nodes, folded.blocks)
-    return Checkpoint(graph, plan, weights, activations, floats=folded)
+    return assemble(folded, plan, weights, activations, biases)

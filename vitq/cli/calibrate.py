@@ -25,11 +25,16 @@ from vitq.cli.layer_table import worst
 from vitq.cli.terminal import Terminal, in_minutes, in_units
 from vitq.errors import UsageError
 
+RECIPE_HELP = (
+    "fast: minutes, no gradients; reconstruct: the most accurate; "
+    "as papers do, to compare with: repq-vit, mix-qvit, erq, adalog, fq-vit, ptq4vit."
+)
+
 
 def calibrate(
     plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
     images: options.RememberedImages = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="fast: minutes, no gradients; reconstruct: the most accurate.")] = "fast",
+    recipe: Annotated[str, typer.Option("--recipe", help=RECIPE_HELP)] = "fast",
     iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="reconstruct: steps a block. (default: 150)")] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
@@ -66,6 +71,7 @@ def calibrate(
     from vitq.calibration import Learning, expected
     from vitq.calibration import calibrate as fit
     from vitq.checkpoint import save
+    from vitq.quantizers import LogGrid, Uniform
 
     started = time.perf_counter()
     reading = Reading(images, num_images, seed, batch_size, workers)
@@ -103,4 +109,5 @@ def calibrate(
         lines.append(f"its layers cost {document['predicted_kl']:.4f} ({unit}) on these images, most of all {worst(errors)}")
     what = f"{len(chosen.layers)} layers calibrated by recipe {recipe} on {opened.num_images} images in {document['seconds']:.1f} s"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
-    terminal.next(in_folder("vitq export", path, CHECKPOINT))
+    exports = all(isinstance(quantizer, Uniform | LogGrid) for quantizer in checkpoint.activations.values())
+    terminal.next(in_folder("vitq export", path, CHECKPOINT) if exports else f"vitq evaluate {path}")

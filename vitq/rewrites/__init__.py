@@ -12,12 +12,12 @@ from vitq.rewrites.attention import couplings, rescale_attention
 from vitq.rewrites.batchnorm import fold_batchnorm
 from vitq.rewrites.biases import give_biases
 from vitq.rewrites.channels import ChannelRange
-from vitq.rewrites.layernorm import fold_layernorms, foldable_norms
+from vitq.rewrites.layernorm import fold_factors, fold_layernorms, foldable_norms, norm_readers
 from vitq.rewrites.own_weights import own_weights
 
 __all__ = [
-    "ChannelRange", "convolutions_as_linears", "couplings", "fold_batchnorm", "fold_layernorms", "foldable_norms", "give_biases",
-    "own_weights", "prepare", "rescale_attention", "rewrite",
+    "ChannelRange", "convolutions_as_linears", "couplings", "fold_batchnorm", "fold_factors", "fold_layernorms", "foldable_norms",
+    "give_biases", "norm_readers", "own_weights", "prepare", "rescale_attention", "rewrite",
 ]  # fmt: skip
 
 

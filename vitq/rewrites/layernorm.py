@@ -36,6 +36,14 @@ def foldable_norms(graph: Graph) -> dict[str, bool]:
     return found
 
 
+def norm_readers(graph: Graph) -> dict[str, list[str]]:
+    """The layers that read each foldable LayerNorm, by the norm's node name."""
+    layers = {node: layer for layer, node in graph.nodes.items()}
+    norms = foldable_norms(graph)
+    nodes = (node for node in graph.module.graph.nodes if node.name in norms)
+    return {norm.name: [layers[reader.name] for reader in dict(consumers(norm, BIJECTIVE | PARTIAL))] for norm in nodes}
+
+
 def fold_layernorms(graph: Graph, ranges: Mapping[str, ChannelRange] | None = None) -> Graph:
     """The graph with all foldable LayerNorms folded to common channel ranges; its output is the same in exact arithmetic.
 
@@ -44,11 +52,22 @@ def fold_layernorms(graph: Graph, ranges: Mapping[str, ChannelRange] | None = No
         ranges: of every foldable norm's output, by node name; None leaves all values as they are and only makes the structure that
             a fold leaves (every norm affine, every reader with a bias), into which a checkpoint's tensors are loaded.
     """
+    norms = foldable_norms(graph).items() if ranges is not None else ()
+    return fold_factors(graph, {name: _fold_factors(ranges[name], shiftable) for name, shiftable in norms})  # type: ignore[index]
+
+
+def fold_factors(graph: Graph, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Graph:
+    """The graph with r and t of the module's equations folded as they are given, its output the same in exact arithmetic.
+
+    Args:
+        graph: the graph.
+        factors: r and t, float64 (C,) each, by the name of a foldable norm's node; t is 0 where no shift may be folded. A norm without
+            an entry keeps its values and gets the structure alone.
+    """
     module = copy(graph)
     nodes = {node.name: node for node in module.graph.nodes}
-    for name, shiftable in foldable_norms(graph).items():
-        scale, shift = _fold_factors(ranges[name], shiftable) if ranges is not None else (None, None)
-        _fold(module, nodes[name], scale, shift, has_bias=nodes[name].target is aten.layer_norm.default)
+    for name in foldable_norms(graph):
+        _fold(module, nodes[name], *factors.get(name, (None, None)), has_bias=nodes[name].target is aten.layer_norm.default)
     if len(module.graph.nodes) > len(nodes):  # parameters that a norm or a reader did not have
         return analyse(module, graph.input_shape)
     module.recompile()

@@ -1,0 +1,97 @@
+"""Recipe `erq`: weights that make up for quantized inputs and for each other's rounding (ERQ, Zhong et al., ICML 2024).
+
+LayerNorms and activations are those of recipe `repq-vit`, from the paper before. Then the float and the quantized network advance side by
+side, and each linear that reads x^ where the float one reads x gets, by ridge regression of W x + b on x^, float weights W' and a bias
+that give what W x + b was (fitting/ridge.py); W' is rounded half by half, the half that is still float making up for the one that was
+rounded, and the rounding of each half refined row by row by the proxy e (mu mu^T + Sigma) e^T (fitting/halves.py).
+
+Differs from the paper: lambda is in units of the inputs' mean square, and one for all layers; the ridge does not draw the bias; x is what
+the float network reads. See also repq_vit.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitq.affine import QuantizedWeight, quantize_weight
+from vitq.artifacts import BitPlan, Layer
+from vitq.calibration.assemble import assemble
+from vitq.calibration.channelwise import fold_channelwise
+from vitq.checkpoint import Checkpoint
+from vitq.fitting.halves import halved
+from vitq.fitting.inputs import InputMoments
+from vitq.fitting.percentile import percentile_weights
+from vitq.fitting.ridge import absorbed
+from vitq.graph import Graph, advance, start
+from vitq.graph.run import Intercept
+from vitq.ranges import Batches
+
+RIDGE = 4.0
+"""Lambda of both regressions, in units of the inputs' mean square."""
+
+
+def calibrate_erq(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, ridge: float = RIDGE) -> Checkpoint:
+    """Calibrates a rewritten graph to a plan.
+
+    Args:
+        graph: the captured graph after `rewrite`.
+        plan: bits of every layer; checked against the graph's layers.
+        batches: the calibration images, 32 in the paper; held in memory.
+        symmetric: weights without zero points, at every width.
+        ridge: lambda of both regressions, in units of the inputs' mean square.
+
+    Raises:
+        InputError: the plan does not fit the graph.
+    """
+    plan.check(graph.layers)
+    folded, activations = fold_channelwise(graph, plan, batches)
+    weights: dict[str, QuantizedWeight] = {}
+    biases: dict[str, Tensor] = {}
+    read_in_float: dict[str, Tensor] = {}
+
+    def keep(layer: Layer) -> Intercept:
+        def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            read_in_float[layer.name] = arguments[0]
+            return compute(*arguments)
+
+        return intercept
+
+    def at_layer(layer: Layer) -> Intercept:
+        def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            count = len(layer.activations)
+            operands = zip(layer.activations, arguments, strict=False)
+            read = [activations[operand.tensor].quantize_dequantize(x) for operand, x in operands]
+            if not layer.has_weight:
+                return compute(*read, *arguments[count:])
+            weight, bias, bits = arguments[1], arguments[2], plan.bits[layer.name].weight_bits
+            assert bits is not None
+            if layer.op == "linear":
+                moments = InputMoments.of(read_in_float.pop(layer.name), read[0])
+                weights[layer.name], biases[layer.name] = compensated_layer(weight, bias, moments, bits, ridge, symmetric)
+            else:
+                weights[layer.name] = quantize_weight(weight, *percentile_weights(weight, bits, symmetric), bits)
+            return compute(*read, weights[layer.name].dequantize(), biases.get(layer.name, bias), *arguments[3:])
+
+        return intercept
+
+    kept = {folded.nodes[layer.name]: keep(layer) for layer in folded.layers if layer.op == "linear"}
+    quantized = {folded.nodes[layer.name]: at_layer(layer) for layer in folded.layers}
+    with torch.no_grad():
+        in_float = in_quantized = start(folded.module, torch.cat([images for images, _ in batches]))
+        for first, stop in folded.stretches:
+            in_float = advance(folded.module, in_float, first, stop, kept)
+            in_quantized = advance(folded.module, in_quantized, first, stop, quantized)
+    return assemble(folded, plan, weights, activations, biases)
+
+
+def compensated_layer(
+    weight: Tensor, bias: Tensor, moments: InputMoments, bits: int, ridge: float, symmetric: bool = False
+) -> tuple[QuantizedWeight, Tensor]:
+    """The codes of a linear's weight (O, I) and its bias (O,) for inputs of these moments."""
+    mean, read_mean = (total / moments.count for total in (moments.total, moments.quantized_total))
+    absorbing = absorbed(weight, moments.quantized_covariance, moments.covariance, ridge)
+    moved = bias.double() + weight.double() @ mean - absorbing.double() @ read_mean
+    second_moment = moments.quantized_squares / moments.count  # mu mu^T + Sigma
+    return halved(absorbing, second_moment, *percentile_weights(absorbing, bits, symmetric), bits, ridge), moved.float()
