@@ -17,6 +17,7 @@ from vitq.fitting.compensation import compensated
 from vitq.fitting.halves import halved, refined
 from vitq.fitting.inputs import InputMoments, ridged
 from vitq.fitting.ridge import absorbed
+from vitq.fitting.weights import InputSums
 from vitq.graph import tensor_of, values_at
 from vitq.ranges import fold, weight_ranges
 from vitq.rewrites import rewrite
@@ -345,3 +346,21 @@ def test_one_pass_sees_what_two_passes_see():
     assert all(torch.equal(histograms[name].counts, apart[name].counts) and histograms[name].low == apart[name].low for name in apart)
     expected = input_covariances(folded, batches)
     assert set(covariances) == set(expected) and all(torch.equal(covariances[name], expected[name]) for name in expected)
+
+
+def test_a_moment_that_rounding_left_indefinite_is_trusted_less():
+    weight, x = problem(9)
+    moment = second_moment(x)
+    values, axes = torch.linalg.eigh(moment)
+    broken = axes @ torch.diag(torch.cat([-0.5 * moment.diagonal().mean()[None], values[1:]])) @ axes.T
+    assert broken.diagonal().mean() > 0
+    found = compensated(weight, broken, *weight_ranges(weight, 4), 4)
+    assert torch.equal(found.codes, compensated(weight, broken, *weight_ranges(weight, 4), 4, 1.0).codes)
+
+
+def test_covariances_survive_a_mean_that_dwarfs_the_spread():
+    sums, x = InputSums(6, torch.device("cpu")), 1000 + torch.randn(3, 200, 6, generator=torch.Generator().manual_seed(0))
+    for batch in x:
+        sums.add(batch)
+    assert torch.allclose(sums.covariance, torch.cov(x.flatten(0, 1).double().T, correction=0).float(), atol=1e-3)
+    torch.linalg.cholesky(sums.covariance)

@@ -41,7 +41,7 @@ def compensated_widths(
 ) -> list[QuantizedWeight]:
     """The same at many widths at once, `qparams` being scale and zero point at each of `bits`: they share the matrix and its factor."""
     order = second_moment.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(ridged(second_moment, ridge)[order][:, order])
+    factor = _inverse_factor(second_moment[order][:, order], ridge)
     columns = weight.T.double()[order].repeat(1, len(bits))  # (I, widths O): a column of the weight is a row here
     scale, zero_point = (torch.cat(parts).double() for parts in zip(*qparams, strict=True))
     lowest, highest = torch.tensor([weight_codes(width) for width in bits], device=weight.device).repeat_interleave(len(weight), 0).T
@@ -60,7 +60,12 @@ def compensated_widths(
     return [QuantizedWeight(some, scale, zero_point.to(torch.uint8), width) for some, (scale, zero_point), width in rounded]
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor:
-    """The upper triangular U with U^T U the inverse of a positive definite matrix."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return torch.linalg.cholesky(inverse, upper=True)
+def _inverse_factor(second_moment: Tensor, ridge: float) -> Tensor:
+    """The upper triangular U with U^T U the inverse of S + lambda I; lambda grows until rounding in S leaves that positive definite."""
+    while True:
+        root, failed = torch.linalg.cholesky_ex(ridged(second_moment, ridge))
+        if not int(failed):
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+            if not int(failed):
+                return factor
+        ridge *= 10

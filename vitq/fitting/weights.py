@@ -53,10 +53,11 @@ def input_covariances(graph: Graph, batches: Batches) -> dict[str, Tensor]:
 
 
 class InputSums:
-    """Count, sum and products of the rows that a linear reads."""
+    """Count, sum and products of the rows that a linear reads, less the first batch's mean: float32 would lose what a large one leaves."""
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self._count, self._total, self._products = 0, torch.zeros(inputs, device=device), torch.zeros(inputs, inputs, device=device)
+        self._about: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Takes in one batch, (..., I)."""
@@ -65,6 +66,8 @@ class InputSums:
         while step > 1 and gcd(step, len(rows)) > 1:  # no common factor: it does not fall in step with the tokens
             step += 1
         rows = rows[::step].float()
+        self._about = rows.mean(0) if self._about is None else self._about
+        rows = rows - self._about
         self._count += len(rows)
         self._total += rows.sum(0)
         self._products += rows.T @ rows
