@@ -1,5 +1,7 @@
 """Recipe `reconstruct`: its gradients against finite differences, what it promises on held-out images, its scratch folder, and resuming."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from vitq.calibration import reconstruct
 from vitq.calibration.errors import block_error, weights_of_errors
 from vitq.calibration.estimate import estimate
 from vitq.calibration.fast import fit_fast
-from vitq.calibration.learned import learned_activation, learned_weight, straight_through
+from vitq.calibration.learned import learned_activation, learned_log_grid, learned_weight, straight_through
 from vitq.calibration.learning import Learning
 from vitq.calibration.reconstruct import calibrate_reconstruct, held_out, held_out_loss
 from vitq.calibration.scratch import Rows, Scratch
@@ -26,7 +28,7 @@ from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.fitting import input_covariances
 from vitq.graph import Graph, run
-from vitq.quantizers import Log2
+from vitq.quantizers import Log2, LogGrid
 from vitq.ranges import fold
 from vitq.rewrites import rewrite
 
@@ -104,6 +106,22 @@ def test_a_weights_gradients_are_the_naive_ones():
         assert float(scale.grad[row, 0]) == pytest.approx(by_scale, abs=1e-5)
 
 
+def test_a_logarithmic_grids_gradients_are_those_with_rounding_held():
+    """x^ is linear in the scale; where a softmax is between the smallest and the largest power, its gradient passes."""
+    quantizer = LogGrid(1 / 256, 0.5, 2, 3)
+    x = torch.rand(400, generator=torch.Generator().manual_seed(1)).square().requires_grad_()
+    out = torch.randn(400, generator=torch.Generator().manual_seed(2))
+    scale = torch.tensor(0.004, requires_grad=True)
+    found = learned_log_grid(x, scale, quantizer)
+    assert torch.equal(found, replace(quantizer, scale=float(scale.detach())).quantize_dequantize(x.detach()))
+    (out * found).sum().backward()
+    assert scale.grad is not None and x.grad is not None
+    assert float(scale.grad) == pytest.approx(float((out * found).detach().sum() / scale.detach()), rel=1e-4)
+    powers = -x.detach().log() / 0.5  # codes 0 to 6 are powers 2 to 8, code 7 is 0
+    assert torch.equal(x.grad != 0, (powers > 1.5) & (powers < 8.5)) and 0 < int((x.grad != 0).sum()) < 400
+    assert torch.equal(x.grad[x.grad != 0], out[x.grad != 0])
+
+
 def test_any_other_quantizer_is_passed_straight_through():
     x = torch.rand(50, generator=torch.Generator().manual_seed(0)).requires_grad_()
     quantizer = Log2(1.0, 3)
@@ -145,6 +163,37 @@ def test_what_comes_back_is_what_was_trained(tmp_path: Path):
         assert torch.equal(trained, found.quantized_module()(x))
         assert torch.equal(trained, checkpoints.load(tmp_path / "model.safetensors").quantized_module()(x))
         assert not torch.equal(trained, fast.quantized_module()(x))
+
+
+def test_layernorms_learn_where_a_layer_of_the_block_reads_them():
+    _, folded, fast = start_of()
+    block = folded.blocks[1].name
+    variables = BlockVariables(folded, fast, [layer for layer in folded.layers if layer.block == block])
+    names = {name for name in variables.tensors() if name.startswith("norm_gain:")}
+    assert len(names) == 2  # before attention and before the MLP
+    first = min(names).removeprefix("norm_gain:norm ")
+    moved = variables.tensors(copied=True)
+    moved[f"norm_gain:norm {first}"] += 0.5
+    moved[f"norm_bias:norm {first}"] -= 2.0
+    variables.put(moved)
+    found, node = variables.checkpoint(), next(node for node in fast.graph.module.graph.nodes if node.name == first)
+    (gain, bias), (new_gain, new_bias) = (
+        [checkpoint.graph.module.state_dict()[str(node.args[index].target)] for index in (2, 3)]  # type: ignore[union-attr]
+        for checkpoint in (fast, found)
+    )
+    assert torch.allclose(new_gain, gain * math.e**0.5) and torch.allclose(new_bias, bias - 2 * gain.abs())
+
+
+def test_a_softmax_on_the_logarithmic_grid_learns_its_scale():
+    _, folded, fast = start_of()
+    softmax = next(layer.activations[0].tensor for layer in folded.layers if layer.type == "av")
+    grid = LogGrid(1 / 256, 0.5, 0, 3)
+    variables = BlockVariables(folded, replace(fast, activations=dict(fast.activations) | {softmax: grid}), list(folded.layers))
+    moved = variables.tensors(copied=True)
+    moved[f"range:{softmax}"] += 0.25
+    variables.put(moved)
+    found = variables.checkpoint().activations[softmax]
+    assert found == replace(grid, scale=found.scale) and found.scale == pytest.approx(math.e**0.25 / 256)  # type: ignore[attr-defined]
 
 
 def test_an_activation_that_an_earlier_block_learned_stays():
@@ -219,7 +268,9 @@ def test_it_returns_fasts_where_all_that_is_learned_is_bad(tmp_path: Path, monke
     graph, _, fast = start_of()
     monkeypatch.setattr(reconstruct, "_judged", lambda *_: 0.0)  # every block is taken
     monkeypatch.setattr(
-        "vitq.calibration.variables.RATES", {"steps": 9.0, "gain": 1.0, "bias": 5.0, "range": 2.0, "zero_point": 5.0}, raising=True
+        "vitq.calibration.variables.RATES",
+        {"steps": 9.0, "gain": 1.0, "bias": 5.0, "range": 2.0, "zero_point": 5.0, "norm_gain": 1.0, "norm_bias": 5.0},
+        raising=True,
     )
     found = calibrate_reconstruct(graph, fast.plan, BATCHES, learning=learning(tmp_path))
     before, after = everything(fast), everything(found)

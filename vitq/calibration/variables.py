@@ -1,8 +1,12 @@
-"""What of a block is learned: weights in steps, gains of their scales, biases, and the activations' scales and zero points.
+"""What of a block is learned: weights in steps, gains of their scales, biases, activations' scales and zero points, and LayerNorms.
 
 Every variable starts where a calibrated checkpoint has it, in units in which one learning rate serves all layers: weights in steps of
-their own scale, scales as logarithms of their change, zero points in codes, biases in the output channels' spread. Rounded, they are
-codes, scales and biases again: an ordinary part of a checkpoint.
+their own scale, scales and gains as logarithms of their change, zero points in codes, biases in the output channels' spread. Rounded,
+they are codes, scales and biases again: an ordinary part of a checkpoint. A LayerNorm that a layer of the block reads has
+
+    gamma^ = gamma e^g,        beta^ = beta + |gamma| b
+
+which stays float and costs nothing: how far a channel reaches into the one range of all of them is learned by it.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,18 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from vitq.affine import QuantizedWeight, highest_code, weight_codes
 from vitq.artifacts import Layer
-from vitq.calibration.learned import learned_activation, learned_weight, straight_through
+from vitq.calibration.learned import learned_activation, learned_log_grid, learned_weight, straight_through
 from vitq.checkpoint import Checkpoint
 from vitq.graph import Graph, assign, copy, tensor_of
-from vitq.graph.dataflow import argument
+from vitq.graph.dataflow import argument, aten
 from vitq.graph.layers import operand_nodes
 from vitq.graph.run import Intercept
-from vitq.quantizers import Uniform
+from vitq.quantizers import LogGrid, Quantizer, Uniform
 
-RATES = {"steps": 0.01, "gain": 0.003, "bias": 0.01, "range": 0.005, "zero_point": 0.02}
+RATES = {"steps": 0.01, "gain": 0.003, "bias": 0.01, "range": 0.005, "zero_point": 0.02, "norm_gain": 0.005, "norm_bias": 0.005}
 """Adam's first learning rate of each kind of variable, in its own unit."""
 
 _INSIDE = 0.499  # of a step: a weight starts where it rounds to the code that the checkpoint has
@@ -30,7 +35,7 @@ _INSIDE = 0.499  # of a step: a weight starts where it rounds to the code that t
 
 @dataclass
 class Learned:
-    """One layer's or activation's variables by kind, and what they are changes of."""
+    """One layer's, LayerNorm's or activation's variables by kind, and what they are changes of."""
 
     variables: dict[str, Tensor]
     fixed: dict[str, Tensor]
@@ -55,8 +60,13 @@ class BlockVariables:
         self._activations = {
             tensor: _activation(quantizer, device)
             for tensor, quantizer in checkpoint.activations.items()
-            if tensor in learned and tensor not in settled and isinstance(quantizer, Uniform)
+            if tensor in learned and tensor not in settled and isinstance(quantizer, Uniform | LogGrid)
         }
+        self._norms = {node.name: _norm(checkpoint.graph, node) for node in _norm_nodes(floats) if node.name in self._activations}
+
+    @property
+    def _all(self) -> dict[str, Learned]:
+        return {**self._weights, **self._activations, **{f"norm {node}": learned for node, learned in self._norms.items()}}
 
     @property
     def activations(self) -> set[str]:
@@ -66,21 +76,20 @@ class BlockVariables:
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, one a kind, each with its rate; all variables now want gradients."""
         found: dict[str, list[Tensor]] = {}
-        for learned in (*self._weights.values(), *self._activations.values()):
+        for learned in self._all.values():
             for kind, variable in learned.variables.items():
                 found.setdefault(kind, []).append(variable.requires_grad_())
         return [{"params": variables, "lr": RATES[kind], "rate": RATES[kind]} for kind, variables in found.items()]
 
     def freeze(self) -> None:
         """Lets no variable want gradients any longer."""
-        for learned in (*self._weights.values(), *self._activations.values()):
+        for learned in self._all.values():
             for variable in learned.variables.values():
                 variable.requires_grad_(False)
 
     def tensors(self, copied: bool = False) -> dict[str, Tensor]:
         """All variables by name, detached; as they are now, where `copied`."""
-        entries = {**self._weights, **self._activations}
-        found = {f"{kind}:{name}": value.detach() for name, learned in entries.items() for kind, value in learned.variables.items()}
+        found = {f"{kind}:{name}": value.detach() for name, learned in self._all.items() for kind, value in learned.variables.items()}
         return {name: value.clone() for name, value in found.items()} if copied else found
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
@@ -91,7 +100,8 @@ class BlockVariables:
 
     def intercepts(self) -> dict[str, Intercept]:
         """What runs in the place of the layers' nodes: the layers quantized as the variables have it."""
-        return {self._nodes[layer.name]: self._intercept(layer) for layer in self._layers}
+        layers = {self._nodes[layer.name]: self._intercept(layer) for layer in self._layers}
+        return layers | {node: _normalized(learned) for node, learned in self._norms.items()}
 
     def _intercept(self, layer: Layer) -> Intercept:
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -107,8 +117,10 @@ class BlockVariables:
     def _read(self, tensor: str, x: Tensor) -> Tensor:
         if (learned := self._activations.get(tensor)) is None:
             return straight_through(x, self._checkpoint.activations[tensor])
-        bits = self._checkpoint.activations[tensor].bits
-        return learned_activation(x, _scale(learned, "range"), _zero_point(learned, bits), bits)
+        quantizer = self._checkpoint.activations[tensor]
+        if isinstance(quantizer, LogGrid):
+            return learned_log_grid(x, _scale(learned, "range"), quantizer)
+        return learned_activation(x, _scale(learned, "range"), _zero_point(learned, quantizer.bits), quantizer.bits)
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint with this block as the variables have it, rounded."""
@@ -126,8 +138,11 @@ class BlockVariables:
                     tensors[layer.operands[1].tensor] = weights[layer.name].dequantize()
                     tensors[_bias_name(before.graph, layer)] = _weight_and_bias(learned)[1]
             for tensor, learned in self._activations.items():
-                bits = activations[tensor].bits
-                activations[tensor] = Uniform(float(_scale(learned, "range")), int(_zero_point(learned, bits).round()), bits)
+                activations[tensor] = _rounded(learned, activations[tensor])
+            for node in _norm_nodes(before.graph):
+                if (learned := self._norms.get(node.name)) is not None:
+                    gain, bias = _gain_and_bias(learned)
+                    tensors |= {str(argument(node, 2).target): gain, str(argument(node, 3).target): bias}
         module = copy(before.graph)
         assign(module, tensors)
         module.recompile()
@@ -157,9 +172,47 @@ def _weight(floats: Graph, checkpoint: Checkpoint, layer: Layer) -> Learned:
     )
 
 
-def _activation(quantizer: Uniform, device: torch.device) -> Learned:
-    scale, zero_point = (torch.tensor(float(value), device=device) for value in (quantizer.scale, quantizer.zero_point))
-    return Learned({"range": torch.zeros_like(scale), "zero_point": zero_point}, {"scale": scale})
+def _activation(quantizer: Quantizer, device: torch.device) -> Learned:
+    assert isinstance(quantizer, Uniform | LogGrid)
+    scale = torch.tensor(float(quantizer.scale), device=device)
+    variables = {"range": torch.zeros_like(scale)}
+    if isinstance(quantizer, Uniform):
+        variables["zero_point"] = torch.tensor(float(quantizer.zero_point), device=device)
+    return Learned(variables, {"scale": scale})
+
+
+def _rounded(learned: Learned, quantizer: Quantizer) -> Quantizer:
+    scale = float(_scale(learned, "range"))
+    if isinstance(quantizer, LogGrid):
+        return replace(quantizer, scale=scale)
+    return Uniform(scale, int(_zero_point(learned, quantizer.bits).round()), quantizer.bits)
+
+
+def _norm_nodes(graph: Graph) -> list[Node]:
+    """The LayerNorms with a gain and a bias of their own."""
+
+    def own(parameter: Any) -> bool:
+        return isinstance(parameter, Node) and parameter.op == "get_attr" and len(parameter.users) == 1
+
+    norms = (node for node in graph.module.graph.nodes if node.target is aten.layer_norm.default)
+    return [node for node in norms if len(node.args) > 3 and own(node.args[2]) and own(node.args[3])]
+
+
+def _norm(graph: Graph, node: Node) -> Learned:
+    gain, bias = (tensor_of(graph.module, argument(node, index)).detach() for index in (2, 3))
+    return Learned({"norm_gain": torch.zeros_like(gain), "norm_bias": torch.zeros_like(bias)}, {"gain": gain, "bias": bias})
+
+
+def _gain_and_bias(learned: Learned) -> tuple[Tensor, Tensor]:
+    gain, bias = learned.fixed["gain"], learned.fixed["bias"]
+    return gain * learned.variables["norm_gain"].exp(), bias + gain.abs() * learned.variables["norm_bias"]
+
+
+def _normalized(learned: Learned) -> Intercept:
+    def intercept(compute: Callable[..., Tensor], x: Tensor, shape: list[int], gain: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        return compute(x, shape, *_gain_and_bias(learned), *rest)
+
+    return intercept
 
 
 def _scale(learned: Learned, kind: str) -> Tensor:
