@@ -28,7 +28,11 @@ from vitq.graph.run import Intercept
 from vitq.quantizers import LogGrid, Quantizer, Uniform
 
 RATES = {"steps": 0.01, "gain": 0.003, "bias": 0.01, "range": 0.005, "zero_point": 0.02, "norm_gain": 0.005, "norm_bias": 0.005}
-"""Adam's first learning rate of each kind of variable, in its own unit."""
+"""Adam's first learning rate of each kind of variable, in its own unit.
+
+With 0.01 for ranges and 0.012 for LayerNorms, held-out images (128 of 1024) came closer and 2000 test images did not: KL 0.0259 instead
+of 0.0290, and 0.0405 instead of 0.0378; 3/3, one seed. Without LayerNorms and the logarithmic grid: 0.0348 and 0.0437.
+"""
 
 _INSIDE = 0.499  # of a step: a weight starts where it rounds to the code that the checkpoint has
 
