@@ -21,6 +21,10 @@ from vitq.gradients import LayerTrace, Probe, pair_for, trace
 from vitq.ranges import Batches
 
 
+IMAGES = 64
+"""Enough to tell which layers hurt."""
+
+
 @dataclass(frozen=True)
 class LayerError:
     """SQNR of a layer's output in decibels, None where nothing of the error or of the signal is left, and its KL in nats per image."""
@@ -34,17 +38,20 @@ def attribute(checkpoint: Checkpoint, batches: Batches, seed: int = 0, probe: Pr
 
     Args:
         checkpoint: what a recipe has just made.
-        batches: images; gone through once, forward and twice backward.
+        batches: images; the first `IMAGES` of them, in whole batches, go through once forward and twice backward.
         seed: of the probe.
         probe: another one than that which fits the model.
     """
     if checkpoint.floats is None:
         return {}
     sums = {layer.name: torch.zeros(3, dtype=torch.float64) for layer in checkpoint.floats.layers}  # of y^2, of d^2, of u^2
-    generator, count = torch.Generator().manual_seed(seed), 0
+    generator, taken, count = torch.Generator().manual_seed(seed), 0, 0  # count: images times probes
 
     probe = probe or pair_for(checkpoint.plan.model.num_classes)
     for images, _ in batches:
+        if taken >= IMAGES:
+            break
+        taken += len(images)
 
         def visit(traced: LayerTrace, count: int = len(images)) -> None:
             with torch.no_grad():
