@@ -20,7 +20,6 @@ from vitq.checkpoint import Checkpoint
 from vitq.gradients import LayerTrace, Probe, pair_for, trace
 from vitq.ranges import Batches
 
-
 IMAGES = 64
 """Enough to tell which layers hurt."""
 
