@@ -33,10 +33,10 @@ from vitq.calibration.variables import BlockVariables
 from vitq.calibration.views import view
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
-from vitq.fitting import input_covariances
+from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.graph import Graph, advance, run, start
-from vitq.ranges import Batches, fold
+from vitq.ranges import Batches
 
 HELD_OUT = 8
 """Of so many images one is held out."""
@@ -77,8 +77,8 @@ def calibrate_reconstruct(
     held = held_out(batches)
     if not bool(held.any()):
         raise InputError(f"{len(held)} images are too few for recipe reconstruct; give --num-images at least {HELD_OUT}, or --recipe fast")
-    folded, histograms = fold(graph, batches)
-    fast = fit_fast(folded, histograms, input_covariances(folded, batches), plan, batches, symmetric)
+    folded, histograms, covariances = observe(graph, batches)
+    fast = fit_fast(folded, histograms, covariances, plan, batches, symmetric)
     scratch = Scratch(learning.scratch, _digest(fast, batches, learning))
     learned_from = _images(folded, scratch, "images", batches, ~held, learning)
     judged_on = _images(folded, scratch, "held", batches, held, learning)

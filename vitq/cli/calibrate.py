@@ -106,7 +106,7 @@ def calibrate(
     if errors := checkpoint.errors:
         document |= {"predicted_kl": math.fsum(error["kl"] or 0.0 for error in errors.values()), "layers": errors}
         unit = "nats per image" if chosen.model.num_classes else "half the relative squared error"
-        lines.append(f"its layers cost {document['predicted_kl']:.4f} ({unit}) on these images, most of all {worst(errors)}")
+        lines.append(f"its layers cost {document['predicted_kl']:.4f} ({unit}) on the first of these images, most of all {worst(errors)}")
     what = f"{len(chosen.layers)} layers calibrated by recipe {recipe} on {opened.num_images} images in {document['seconds']:.1f} s"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
     exports = all(isinstance(quantizer, Uniform | LogGrid) for quantizer in checkpoint.activations.values())

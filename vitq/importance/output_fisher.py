@@ -1,7 +1,7 @@
-"""The default metric: the predicted KL divergence of each layer at each width, from one forward and one backward pass.
+"""The default metric: the predicted KL divergence of each layer at each width, from one forward and two backward passes.
 
-For image n, layer l and width b, with g the probe's gradient at the layer's output (gradients.py) and d the change of that output when
-the layer's operands are quantized as `calibrate` would quantize them,
+For image n, layer l and width b, with g a probe's gradient at the layer's output (gradients.py; each image has a pair) and d the change
+of that output when the layer's operands are quantized as `calibrate` would quantize them,
 
     u_{n,l,b} = sum_i g_{n,l,i} d_{n,l,b,i}            cost(l, b) = 1/2 mean_n u_{n,l,b}^2            [nats per image]
 
