@@ -21,6 +21,11 @@ class Classifier:
     def __init__(self, path: str) -> None:
         self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         metadata = self._session.get_modelmeta().custom_metadata_map
+        if "vitq.session_options" in metadata:  # of `vitq export --attention-int8`: slower without
+            options = onnxruntime.SessionOptions()
+            for key, value in json.loads(metadata["vitq.session_options"]).items():
+                options.add_session_config_entry(key, value)
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         if "vitq.preprocessing" not in metadata:
             sys.exit(f"{path} does not say how to prepare images; give a file that `vitq export` wrote")
         self.preprocessing = json.loads(metadata["vitq.preprocessing"])
@@ -31,7 +36,9 @@ class Classifier:
 
     def probabilities(self, image: Image.Image) -> np.ndarray:
         """The probability of each class, float64 (classes,)."""
-        (logits,) = self._session.run(["output"], {"images": preprocess(image, self.preprocessing)[None]})
+        size = self._session.get_inputs()[0].shape[0]  # a number where the file takes batches of that size only
+        images = preprocess(image, self.preprocessing)[None].repeat(size if isinstance(size, int) else 1, axis=0)
+        (logits,) = self._session.run(["output"], {"images": images})
         exponentials = np.exp(logits[0].astype(np.float64) - logits[0].max())
         return exponentials / exponentials.sum()
 

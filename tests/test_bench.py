@@ -12,11 +12,12 @@ from cli_session import make_model
 
 import vitq.bench.latency as latency
 from vitq.bench import compare, export_float, footprint, latencies, write_baselines
-from vitq.bench.latency import input_shape, interleaved, open_session
+from vitq.bench.latency import input_shape, interleaved
 from vitq.errors import InputError
 from vitq.evaluate import onnx_runnable
 from vitq.models import load
 from vitq.rewrites import prepare
+from vitq.runtime import open_session
 
 
 @pytest.fixture(scope="module")

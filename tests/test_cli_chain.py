@@ -108,6 +108,20 @@ def test_symmetric_weights_for_other_runtimes(session: Path):
     assert vitq("evaluate", "vitq-run/model.onnx", "--verify", folder=session).code == 0
 
 
+def test_a_file_for_one_batch_with_int8_keys_and_values(session: Path):
+    before = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", folder=session).document
+    done = vitq("export", "--attention-int8", "--opset", 23, "--batch", 4, "--force", folder=session)
+    assert done.code == 0, done.err
+    assert "sessions that run it should set session.qdqisint8allowed=1 (`vitq.session_options` in its metadata)" in done.err
+    assert vitq("evaluate", "vitq-run/model.onnx", "--verify", folder=session).code == 0
+    found = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", folder=session).document
+    assert found["num_images"] == before["num_images"] and found["kl"] == pytest.approx(before["kl"], abs=1e-4)
+    rows = vitq("bench", "--batch", 4, "--rounds", 2, "--json", folder=session).document["results"]
+    assert [row["batch"] for row in rows] == [4]
+    refused = vitq("bench", "--rounds", 2, folder=session)
+    assert refused.code == 3 and "takes batches of 4 only; give --batch 4, or export it with a dynamic batch" in refused.err
+
+
 def test_evaluate_a_model_against_itself(session: Path):
     found = vitq("evaluate", "model", "--reference", "model", "--images", "images", "--json", folder=session).document
     assert (found["agreement"], found["top1_change"]) == (100, 0)

@@ -13,10 +13,15 @@ import torch.nn.functional as F
 from export_checkpoints import make_checkpoint, mixed, random_images, small_vit
 from torch import Tensor, nn
 
+import vitq.export.file
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
+from vitq.evaluate import onnx_runnable
 from vitq.export import ExportReport, export
+from vitq.export.digests import check_digests
+from vitq.export.kernels import optimised_graph
 from vitq.processor import processor
+from vitq.runtime import needed_options, open_session
 
 
 class Shapes(nn.Module):
@@ -95,6 +100,12 @@ def test_storage_standard_is_plain_and_refuses_weights_with_zero_points(vit: Che
         if node.name in checkpoint.weights:
             wanted = onnx.TensorProto.INT4 if node.name in narrow else onnx.TensorProto.INT8
             assert types[inputs[node.input[1]][0]] == wanted
+    with_int2 = tmp_path / "int2.onnx"
+    assert export(checkpoint, with_int2, [images], "standard", opset=25).weight_bytes < report.weight_bytes
+    of_two_bits = {name for name, weight in checkpoint.weights.items() if weight.bits == 2}
+    types = [tensor.data_type for tensor in onnx.load(with_int2).graph.initializer]
+    assert types.count(onnx.TensorProto.INT2) == len(of_two_bits) > 0
+    np.testing.assert_allclose(run(with_int2, images), run(path, images), rtol=1e-5, atol=1e-5)
     export(checkpoint, tmp_path / "packed.onnx", [images], "packed")
     np.testing.assert_allclose(run(path, images), run(tmp_path / "packed.onnx", images), rtol=0, atol=0.1)
 
@@ -157,7 +168,9 @@ def test_the_file_says_what_it_is(vit: Checkpoint, exported: tuple[Path, ExportR
     assert (model.ir_version, model.opset_import[0].version, len(model.graph.value_info)) == (10, 21, 0)
     assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["images", "output"]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert {node.name for node in model.graph.node} - {""} == {layer.name for layer in vit.graph.layers}
+    parts = {f"blocks.{block}.attn.qkv": {f"blocks.{block}.attn.qkv.{part}" for part in range(3)} for block in (0, 1)}
+    named = set().union(*(parts.get(layer.name, {layer.name}) for layer in vit.graph.layers))
+    assert {node.name for node in model.graph.node} - {""} == named
 
 
 def test_an_existing_file_an_unknown_storage_and_no_images_are_refused(
@@ -175,3 +188,85 @@ def test_an_existing_file_an_unknown_storage_and_no_images_are_refused(
     assert path.read_text() == "mine"
     export(vit, path, [random_images(2, (3, 32, 32))], force=True)
     assert path.read_bytes() == exported[0].read_bytes()  # the same checkpoint gives the same bytes
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_keys_and_values_as_int8_compute_the_same(width: int, tmp_path: Path) -> None:
+    checkpoint, images = make_checkpoint(small_vit(), weight=width, activation=width), random_images(4, (3, 32, 32))
+    plain, signed = tmp_path / "plain.onnx", tmp_path / "signed.onnx"
+    export(checkpoint, plain, [images])
+    report = export(checkpoint, signed, [images], attention_int8=True)
+    assert report.not_fused == () and report.code_mismatch == 0
+    expected = run(plain, images)
+    np.testing.assert_allclose(run(signed, images), expected, rtol=1e-5, atol=1e-5)  # in a session that does not know of it
+    np.testing.assert_allclose(onnx_runnable(signed)(images), expected, rtol=1e-5, atol=1e-5)
+    model, allowed = onnx.load(signed), {"session.qdqisint8allowed": "1"}
+    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert metadata["vitq.session_options"] == allowed and allowed.items() <= metadata["vitq.verified_with"]["session_options"].items()
+    assert needed_options(open_session(signed)) == allowed and needed_options(open_session(plain)) == {}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.name.endswith((".qk", ".av")):
+            kinds = [types[makers[name].input[2]] for name in node.input]
+            assert kinds == [onnx.TensorProto.UINT8, onnx.TensorProto.INT8]
+    assert sum(kind == "MatMulIntegerToFloat" for kind in (node.op_type for node in optimised_graph(signed).node)) >= 4
+
+
+def test_a_file_names_no_session_options_but_those_that_vitq_knows(
+    vit: Checkpoint, exported: tuple[Path, ExportReport], tmp_path: Path
+) -> None:
+    model = onnx.load(exported[0])
+    for value in ('{"session.use_env_allocators": "1"}', "[1]", "no JSON"):
+        onnx.helper.set_model_props(model, {"vitq.session_options": value})
+        onnx.save(model, tmp_path / "model.onnx")
+        assert needed_options(open_session(tmp_path / "model.onnx")) == {}
+
+
+@pytest.mark.parametrize(("opset", "ir_version"), [(22, 10), (23, 11), (25, 13)])
+def test_later_opsets_compute_the_same(
+    vit: Checkpoint, exported: tuple[Path, ExportReport], opset: int, ir_version: int, tmp_path: Path
+) -> None:
+    path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
+    assert export(vit, path, [images], opset=opset).not_fused == ()
+    model = onnx.load(path)
+    assert (model.opset_import[0].version, model.ir_version) == (opset, ir_version)
+    np.testing.assert_allclose(run(path, images), run(exported[0], images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="opset 20 is not written; give one from 21 to 25"):
+        export(vit, tmp_path / "other.onnx", [images], opset=20)
+
+
+def test_a_fixed_batch(vit: Checkpoint, exported: tuple[Path, ExportReport], tmp_path: Path) -> None:
+    path, images = tmp_path / "model.onnx", random_images(7, (3, 32, 32))
+    report = export(vit, path, list(images.split(2)), batch=3)
+    assert report.not_fused == ()
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
+    expected = run(exported[0], images)
+    np.testing.assert_allclose(run(path, images[:3]), expected[:3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(onnx_runnable(path)(images), expected, rtol=1e-5, atol=1e-5)
+    export(vit, path, [images[:1]], batch=4, force=True)  # fewer images than it takes
+    with pytest.raises(UsageError, match="a batch of 0 images"):
+        export(vit, path, [images], batch=0, force=True)
+
+
+def test_a_large_model_is_two_files(
+    vit: Checkpoint, exported: tuple[Path, ExportReport], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vitq.export.file, "LARGEST", 10_000)
+    path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
+    report = export(vit, path, [images])
+    parts = [path, tmp_path / "model.onnx.data"]
+    assert sorted(tmp_path.iterdir()) == sorted(parts)
+    assert report.file_bytes == sum(part.stat().st_size for part in parts) and path.stat().st_size < report.file_bytes / 2
+    assert np.array_equal(run(path, images), run(exported[0], images))
+    assert check_digests(path) == check_digests(exported[0])
+    with parts[1].open("r+b") as file:
+        file.seek(100)
+        byte = file.read(1)
+        file.seek(100)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(InputError, match="is not the file that was exported"):
+        check_digests(path)
+    monkeypatch.undo()
+    export(vit, path, [images], force=True)
+    assert list(tmp_path.iterdir()) == [path]

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor
 
-from vitq.artifacts import refuse_missing
 from vitq.errors import InputError
+from vitq.runtime import open_session
 
 Runnable = Callable[[Tensor], Tensor]
 """From images (B, 3, H, W) float32 to logits (B, K), or to a backbone's features."""
@@ -79,39 +78,34 @@ def evaluate(
     return Evaluation(count, **{name: total.estimate() for name, total in sums.items()})
 
 
-def onnx_runnable(path: str | Path, threads: int | None = None) -> Runnable:
-    """An ONNX file as a function of images, run by onnxruntime on the CPU with default options.
+def onnx_runnable(path: str | Path, threads: int = 0) -> Runnable:
+    """An ONNX file as a function of images, run by onnxruntime on the CPU with the options that the file says it needs.
+
+    A file that was made for one batch size only is given its batches, the last one filled up.
 
     Raises:
         InputError: the file is missing or onnxruntime cannot load it.
     """
-    session = _session(path, threads)
-    name = session.get_inputs()[0].name
+    session = open_session(path, threads)
+    given = session.get_inputs()[0]
+    size = given.shape[0] if given.shape and isinstance(given.shape[0], int) else None
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
+        parts = images.cpu().split(size or max(len(images), 1))
+        return torch.cat([run_part(part) for part in parts])
+
+    def run_part(images: Tensor) -> Tensor:
+        missing = 0 if size is None else size - len(images)
+        filled = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
+        return torch.from_numpy(session.run(None, {given.name: filled.numpy()})[0])[: len(images)]
 
     return run
 
 
 def onnx_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata that `export` wrote into an ONNX file, its values parsed from JSON where they are JSON."""
-    found = _session(path, 1).get_modelmeta().custom_metadata_map
+    found = open_session(path, 1).get_modelmeta().custom_metadata_map
     return {name: _parsed(value) for name, value in found.items()}
-
-
-def _session(path: str | Path, threads: int | None) -> onnxruntime.InferenceSession:
-    refuse_missing(path, "vitq export")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would steal torch's cores
-    if threads:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exception types are not public
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} cannot be loaded by onnxruntime: {reason}; `vitq export` writes a new one") from None
 
 
 def _parsed(value: str) -> Any:

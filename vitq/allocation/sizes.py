@@ -14,6 +14,8 @@ ZERO_POINT_BYTES = 1
 NODE_BYTES = {"linear": 290, "matmul": 240, "convolution": 350}
 NAME_BYTES = 2  # a character of the layer's name: as a node, and in the plan that the metadata hold
 UNPACK_BYTES = {2: 52, 3: 76, 4: 47, 5: 77, 6: 78, 7: 102, 8: 0}
+PARTS = {"qkv": 3, "kv": 2}  # linears that most such layers are written as
+PART_BYTES = 150  # of each but one
 CLIP_BYTES = 21  # an activation below 8 bits
 
 
@@ -32,7 +34,8 @@ def stored_bytes(layer: Layer, weight_bits: int | None, activation_bits: int) ->
         return graph
     codes = -(-layer.parameters * _container(layer.parameters, weight_bits) // 8)
     qparams = layer.channels * (SCALE_BYTES + (ZERO_POINT_BYTES if weight_bits < 8 else 0))
-    return graph + codes + qparams + UNPACK_BYTES[weight_bits]
+    more = PARTS.get(layer.type, 1) - 1
+    return graph + codes + qparams + UNPACK_BYTES[weight_bits] + more * (PART_BYTES + UNPACK_BYTES[weight_bits])
 
 
 def _container(parameters: int, bits: int) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vitq.bench.latency import call, input_shape, interleaved, open_session
+from vitq.bench.latency import call, input_shape, interleaved
+from vitq.runtime import open_session
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import onnxruntime
 from torch import Tensor
 
 from vitq.errors import InputError
+from vitq.runtime import open_session
 
 SECONDS = 10.0
 """How long each file is measured where the number of rounds is left open."""
@@ -93,23 +94,3 @@ def input_shape(session: onnxruntime.InferenceSession, file: str, batch: int) ->
     if isinstance(first, int) and first != batch:
         raise InputError(f"{file} takes batches of {first} only; give --batch {first}, or export it with a dynamic batch")
     return (batch, *others)
-
-
-def open_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
-    """A session on the CPU, for a file or a serialized model; `threads` 0 is one a core.
-
-    Raises:
-        InputError: the file is missing, or onnxruntime cannot load it.
-    """
-    if isinstance(model, Path) and not model.is_file():
-        raise InputError(f"{model} does not exist; `vitq export` writes it")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exception types are not public
-        name = model if isinstance(model, Path) else "the model"
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name} cannot be loaded by onnxruntime: {reason}; `vitq export` writes a new one") from None

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from vitq import __version__
 from vitq.artifacts import WIDTHS, Bits, ModelSpec
 from vitq.bench.compare import noise
-from vitq.bench.latency import call, interleaved, open_session
+from vitq.bench.latency import call, interleaved
 from vitq.errors import InputError
 from vitq.export.timing import LayerFile, nothing, timing_files
 from vitq.graph import Graph, capture
@@ -25,6 +25,7 @@ from vitq.latency import LatencyTable, Timing
 from vitq.models import build
 from vitq.processor import processor
 from vitq.rewrites import fold_layernorms, rewrite
+from vitq.runtime import open_session
 
 FORMS: dict[Bits, tuple[Bits, ...]] = {8: (8,), 4: (2, 3, 4, 5, 6, 7)}
 """The activation widths that are measured, and those that each stands for."""

@@ -67,7 +67,8 @@ def bench(
     files = files or [folder / ONNX]
     named = {str(file): file for file in files}
     from vitq.bench import compare, footprint
-    from vitq.bench.latency import input_shape, open_session
+    from vitq.bench.latency import input_shape
+    from vitq.runtime import open_session
 
     with ExitStack() as stack:
         measured = dict(named)

@@ -20,6 +20,7 @@ from vitq.cli.chain import (
     run_folder,
 )
 from vitq.cli.terminal import Terminal, in_units
+from vitq.errors import UsageError
 
 if TYPE_CHECKING:
     from vitq.export import ExportReport, Storage
@@ -35,6 +36,12 @@ def export(
             "--storage", help="packed: every width at its true size; fast: int8; standard: plain int4 and int8, for other runtimes."
         ),
     ] = "packed",
+    attention_int8: Annotated[
+        bool,
+        typer.Option("--attention-int8", help="Keys and values as int8: faster in a session with the option that the file names."),
+    ] = False,
+    opset: Annotated[int, typer.Option("--opset", help="Of ONNX, 21 to 25.")] = 21,
+    batch: Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="How many images the file takes at once.")] = "dynamic",
     seed: options.Seed = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = 0,
@@ -53,9 +60,11 @@ def export(
     refuse_missing(source, "vitq calibrate")
     refuse_missing_sources(None, images)
     path = output_path(output, folder, ONNX, force)
+    fixed = _fixed_batch(batch)
     options.usable_device(device)
     from vitq.checkpoint import load
     from vitq.export import export as write
+    from vitq.runtime import INT8_ALLOWED
 
     calibrated = load(source, device)
     if checkpoint is None:
@@ -66,13 +75,33 @@ def export(
     terminal.preprocessing(spec.data_config, spec.data_config)
     terminal.detail(f"images {opened.source}, sha256 of the list {opened.digest}")
     with terminal.watching(opened, "verify"):
-        report = write(calibrated, path, (batch for batch, _ in opened), cast("Storage", storage), force)
+        report = write(
+            calibrated,
+            path,
+            (given for given, _ in opened),
+            cast("Storage", storage),
+            force,
+            attention_int8=attention_int8,
+            opset=opset,
+            batch=fixed,
+        )
     terminal.result(asdict(report), *_lines(report, opened.num_images), f"wrote {path}")
     if report.not_fused and storage == "standard":
         terminal.note("onnxruntime has no integer kernel for int4, and is slower there than in float32: for it, give --storage packed")
     if report.not_fused:
         terminal.note(f"not fused by onnxruntime: {', '.join(report.not_fused)}")
+    if attention_int8:
+        options_needed = ", ".join(f"{name}={value}" for name, value in INT8_ALLOWED.items())
+        terminal.note(f"sessions that run it should set {options_needed} (`vitq.session_options` in its metadata)")
     terminal.next(f"{in_folder('vitq evaluate', path, '')} --images PATH")
+
+
+def _fixed_batch(batch: str) -> int | None:
+    if batch == "dynamic":
+        return None
+    if not (batch.isdecimal() and batch.isascii() and int(batch) > 0):
+        raise UsageError(f"--batch {batch!r} is not known; give dynamic or a number of images")
+    return int(batch)
 
 
 def _lines(report: "ExportReport", num_images: int) -> list[str]:

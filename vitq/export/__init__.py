@@ -1,6 +1,6 @@
 """From a calibrated checkpoint to an ONNX file of Q/DQ pairs that onnxruntime runs with integer kernels.
 
-    trace (float ops, one node a layer) -> lower (Q/DQ, codes) -> finish (names, metadata) -> verify -> write
+    split, fold numbers -> trace (float ops, one node a layer) -> lower (Q/DQ, codes) -> finish (names, metadata) -> verify -> write
 
 The file appears only after it was run and compared with the checkpoint. Opens no image file: it is given batches to verify on.
 """
@@ -10,17 +10,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 from torch import Tensor
 
-from vitq.artifacts import refuse_existing, write_whole
+from vitq.artifacts import refuse_existing
 from vitq.checkpoint import Checkpoint
 from vitq.errors import UsageError
+from vitq.export.factors import fold_numbers
+from vitq.export.file import data_file, folder_beside, place, store
 from vitq.export.finish import finish_file
 from vitq.export.kernels import integer_layers
 from vitq.export.lowering import lower
+from vitq.export.split import split_linears
 from vitq.export.storage import STORAGES, Storage, is_symmetric, stored_bytes
-from vitq.export.trace import trace_graph
+from vitq.export.trace import OPSET, OPSETS, trace_graph
 from vitq.export.verify import verify_file
+from vitq.runtime import INT8_ALLOWED
 
 __all__ = ["ExportReport", "Storage", "export", "stored_bytes"]
 
@@ -49,9 +54,19 @@ class ExportReport:
 
 
 def export(
-    checkpoint: Checkpoint, path: str | Path, batches: Iterable[Tensor], storage: Storage = "packed", force: bool = False
+    checkpoint: Checkpoint,
+    path: str | Path,
+    batches: Iterable[Tensor],
+    storage: Storage = "packed",
+    force: bool = False,
+    *,
+    attention_int8: bool = False,
+    opset: int = OPSET,
+    batch: int | None = None,
 ) -> ExportReport:
-    """Writes and verifies an ONNX file (opset 21, dynamic batch, input `images` (B, 3, H, W) float32, output `output`).
+    """Writes and verifies an ONNX file (input `images` (B, 3, H, W) float32, output `output`).
+
+    A file whose tensors take more than 2 GB is written as two, `model.onnx` and `model.onnx.data`.
 
     Args:
         checkpoint: the calibrated model.
@@ -59,41 +74,62 @@ def export(
         batches: preprocessed images to verify on, each (B, 3, H, W) float32.
         storage: how weights lie in the file: "packed", "standard" or "fast".
         force: replace an existing file.
+        attention_int8: keys and values as int8 in place of uint8. The file is faster in a session with the option that its
+            metadata name (`vitq.session_options`), and computes the same without.
+        opset: of ONNX, 21 to 25.
+        batch: the number of images that the file takes; None for any.
 
     Raises:
-        UsageError: the file exists and `force` is not set, an unknown storage, or "standard" for weights that have zero points.
-        InputError: the model cannot be expressed in ONNX, or there are no images.
+        UsageError: the file exists and `force` is not set, an unknown storage or opset, or "standard" for weights that have zero points.
+        InputError: the model cannot be expressed in ONNX, there are no images, or the place cannot be written to.
         VerificationError: the file does not compute what was calibrated; it is not written.
     """
     started = time.perf_counter()
+    path = Path(path)
+    _refuse(checkpoint, storage, opset, batch)
+    refuse_existing(path, force)
+    split, became = split_linears(checkpoint)
+    written = fold_numbers(split)
+    model = trace_graph(written.graph, opset, batch)
+    layers = lower(model, written, storage, attention_int8)
+    needed = INT8_ALLOWED if any(less for layer in layers for less in layer.lessened) else {}
+    file = finish_file(model, layers, checkpoint, needed)
+    with folder_beside(path) as folder:
+        stored = folder / path.name
+        store(file, stored)
+        onnx.checker.check_model(str(stored))
+        agreement = verify_file(file, layers, written, batches, checkpoint, needed, folder)
+        fused = integer_layers(stored)
+        file_bytes = sum(part.stat().st_size for part in (stored, data_file(stored)) if part.exists())
+        place(stored, path)
+    weights = [(weight.bits, weight.codes.numel(), len(weight.scale)) for weight in written.weights.values()]
+    candidates = [layer.name for layer in checkpoint.graph.layers if layer.op in ("linear", "matmul")]
+    not_fused = tuple(name for name in candidates if not fused.issuperset(became[name]))
+    return ExportReport(
+        file_bytes=file_bytes,
+        planned_weight_bytes=-(-sum(bits * elements for bits, elements, _ in weights) // 8),
+        weight_bytes=sum(stored_bytes(bits, elements, channels, storage, opset) for bits, elements, channels in weights),
+        quantized_layers=len(checkpoint.graph.layers),
+        integer_candidates=len(candidates),
+        integer_kernels=len(candidates) - len(not_fused),
+        float_by_choice=len(checkpoint.graph.layers) - len(candidates),
+        top1_agreement=agreement.top1,
+        code_mismatch=agreement.code_mismatch,
+        seconds=time.perf_counter() - started,
+        not_fused=not_fused,
+    )
+
+
+def _refuse(checkpoint: Checkpoint, storage: str, opset: int, batch: int | None) -> None:
     if storage not in STORAGES:
         raise UsageError(f"storage {storage!r} is not known; give one of {', '.join(STORAGES)}")
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not written; give one from {OPSETS[0]} to {OPSETS[-1]}")
+    if batch is not None and batch < 1:
+        raise UsageError(f"a batch of {batch} images is none; give 1 or more, or dynamic")
     asymmetric = [name for name, weight in checkpoint.weights.items() if not is_symmetric(weight)]
     if storage == "standard" and asymmetric:
         raise UsageError(
             f"storage standard takes weights without zero points, those of {len(asymmetric)} layers have some ({asymmetric[0]}); "
             "run `vitq calibrate --symmetric --force`, or give --storage packed"
         )
-    refuse_existing(path, force)
-    model = trace_graph(checkpoint.graph)
-    layers = lower(model, checkpoint, storage)
-    file = finish_file(model, layers, checkpoint)
-    agreement = verify_file(file, layers, checkpoint, batches)
-    content = file.SerializeToString()
-    candidates = [layer.name for layer in checkpoint.graph.layers if layer.op in ("linear", "matmul")]
-    fused = integer_layers(content)
-    write_whole(path, lambda temporary: temporary.write_bytes(content))
-    weights = [(weight.bits, weight.codes.numel(), len(weight.scale)) for weight in checkpoint.weights.values()]
-    return ExportReport(
-        file_bytes=len(content),
-        planned_weight_bytes=-(-sum(bits * elements for bits, elements, _ in weights) // 8),
-        weight_bytes=sum(stored_bytes(bits, elements, channels, storage) for bits, elements, channels in weights),
-        quantized_layers=len(checkpoint.graph.layers),
-        integer_candidates=len(candidates),
-        integer_kernels=sum(name in fused for name in candidates),
-        float_by_choice=len(checkpoint.graph.layers) - len(candidates),
-        top1_agreement=agreement.top1,
-        code_mismatch=agreement.code_mismatch,
-        seconds=time.perf_counter() - started,
-        not_fused=tuple(name for name in candidates if name not in fused),
-    )

@@ -18,6 +18,7 @@ import onnx
 
 from vitq.artifacts import refuse_missing
 from vitq.errors import InputError
+from vitq.export.file import load_file
 
 DIGEST, DIGESTS = "vitq.digest", "vitq.digests"
 _CHARACTERS = 8  # of base64: six bytes
@@ -53,7 +54,7 @@ def check_digests(path: str | Path) -> int:
     """
     refuse_missing(path, "vitq export")
     try:
-        model = onnx.ModelProto.FromString(Path(path).read_bytes())
+        model = load_file(Path(path))
         entries = {entry.key: entry.value for entry in model.metadata_props}
     except Exception:  # protobuf, whose error this is, comes with onnx
         raise InputError(f"{path} is damaged, or no ONNX file: it cannot be read as one; {_REMEDY}") from None
@@ -64,7 +65,7 @@ def check_digests(path: str | Path) -> int:
     try:
         digests = _digests(model)
         differing = _differing(model, digests, json.loads(entries[DIGESTS]))
-    except (ValueError, TypeError, AttributeError, UnicodeDecodeError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         differing = "the list of digests"
     if differing is None and entries[DIGEST] != json.dumps(_whole(digests)):
         differing = "the digest of the whole"

@@ -9,7 +9,7 @@ Leaves out: any change to what the graph computes.
 import itertools
 import json
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 
 import onnx
@@ -19,44 +19,54 @@ import onnx_ir.passes.common as passes
 from vitq import __version__
 from vitq.checkpoint import Checkpoint
 from vitq.export.digests import sign
-from vitq.export.kernels import circumstances
 from vitq.export.lowering import LoweredLayer
-from vitq.export.trace import DOMAIN, IR_VERSION, OPSET
+from vitq.export.trace import DOMAIN
+from vitq.runtime import NEEDED, circumstances
 
 FORMAT = "vitq-onnx/1"
 
 
-def finish_file(model: ir.Model, layers: Iterable[LoweredLayer], checkpoint: Checkpoint) -> onnx.ModelProto:
-    """The ONNX model to write, checked by onnx; the values of `layers` carry their final names afterwards."""
+def finish_file(
+    model: ir.Model, layers: Iterable[LoweredLayer], checkpoint: Checkpoint, needed: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
+    """The ONNX model to write; the values of `layers` carry their final names afterwards.
+
+    Args:
+        model: the lowered model.
+        layers: its layers.
+        checkpoint: what it was made from.
+        needed: the session options without which it does not run as fast as it could.
+    """
     model.graph.sort()  # torch's exporter puts constants where it needs them, not always before
     passes.RemoveUnusedNodesPass()(model)
     passes.DeduplicateHashedInitializersPass(size_limit=2**31)(model)
     passes.ClearMetadataAndDocStringPass()(model)
     if not model.functions:
         model.opset_imports.pop(DOMAIN, None)
+    opset = model.opset_imports[""]
     for node in model.graph:
-        _drop_defaults(node)
+        _drop_defaults(node, opset)
     keep = {layer.layer.name for layer in layers}
     _shorten(model.graph, keep)
     for function in model.functions.values():
         _shorten(function, set())
-    model.ir_version, model.producer_name, model.producer_version = IR_VERSION, "vitq", __version__
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.producer_name, model.producer_version = "vitq", __version__
     model.graph.name = "vitq"
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     for function in proto.functions:
         del function.value_info[:]
-    onnx.helper.set_model_props(proto, _metadata(checkpoint))
+    onnx.helper.set_model_props(proto, _metadata(checkpoint, needed or {}))
     sign(proto)
-    onnx.checker.check_model(proto)
     return proto
 
 
-def _drop_defaults(node: ir.Node) -> None:
+def _drop_defaults(node: ir.Node, opset: int) -> None:
     """Removes attributes that say what onnx assumes anyway."""
     if node.domain:
         return
-    schema = onnx.defs.get_schema(node.op_type, OPSET)
+    schema = onnx.defs.get_schema(node.op_type, opset)
     for name in list(node.attributes):
         default = schema.attributes[name].default_value
         if default.type and onnx.helper.get_attribute_value(default) == onnx.helper.get_attribute_value(ir.to_proto(node.attributes[name])):
@@ -86,7 +96,7 @@ def _names() -> Iterator[str]:
         yield from ("".join(letters) for letters in itertools.product(string.ascii_letters, repeat=length))
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+def _metadata(checkpoint: Checkpoint, needed: Mapping[str, str]) -> dict[str, str]:
     spec = checkpoint.plan.model
     plan = {entry.name: [entry.weight_bits, entry.activation_bits] for entry in checkpoint.plan.layers}
     values = {
@@ -98,6 +108,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "plan": plan,
         "made_from": checkpoint.made_from,
         "versions": {"vitq": __version__, **{package: version(package) for package in ("torch", "timm", "onnx", "onnxruntime")}},
-        "verified_with": circumstances(),
+        "verified_with": circumstances(needed),
     }
-    return {f"vitq.{key}": json.dumps(value, separators=(",", ":"), ensure_ascii=False) for key, value in values.items()}
+    named = {f"vitq.{key}": value for key, value in values.items()} | ({NEEDED: needed} if needed else {})
+    return {key: json.dumps(value, separators=(",", ":"), ensure_ascii=False) for key, value in named.items()}

@@ -5,10 +5,11 @@
     convolution   QuantizeLinear -> [Clip] -> Cast -> Sub(zero point) -> Conv with the float weight: a float kernel by choice
 
 Activations are uint8 at every width: below 8 bits a Clip on the codes keeps them to 2^bits - 1, which costs nothing and keeps the
-integer kernel. A tensor is quantized once for all its readers. The bias has three axes because a bias of one lets onnxruntime make
-a float Gemm of MatMul and Add before it looks for integer kernels; a linear of rank 2 loses the extra axis again in a Squeeze. A
-convolution between DequantizeLinear and QuantizeLinear would have its float weight quantized anew by onnxruntime, 8 bits per tensor:
-so it reads the codes as floats, and its weight carries both scales.
+integer kernel. With `attention_int8` the right operand of a matmul, keys or values, is int8 instead, each code 128 less: a faster
+kernel, which onnxruntime takes only in a session that allows it. A tensor is quantized once for all its readers. The bias has three
+axes because a bias of one lets onnxruntime make a float Gemm of MatMul and Add before it looks for integer kernels; a linear of rank 2
+loses the extra axis again in a Squeeze. A convolution between DequantizeLinear and QuantizeLinear would have its float weight quantized
+anew by onnxruntime, 8 bits per tensor: so it reads the codes as floats, and its weight carries both scales.
 
 Leaves out: how codes lie in the file (storage.py), names and metadata of the finished file (finish.py).
 """
@@ -24,24 +25,35 @@ from vitq.artifacts import Layer, Operand
 from vitq.checkpoint import Checkpoint
 from vitq.errors import UsageError
 from vitq.export.storage import Storage, function_name, unpack_function, weight_tensors
-from vitq.export.trace import DOMAIN, OPSET
+from vitq.export.trace import DOMAIN
 from vitq.quantizers import IntegerQuantizer, LogGrid, Uniform
 from vitq.quantizers.log_grid import TOP
 
 
 @dataclass(frozen=True)
 class LoweredLayer:
-    """Where a layer's numbers are in the ONNX graph: the codes of its activations (uint8) and its output (float32)."""
+    """Where a layer's numbers are in the ONNX graph: the codes of its activations, as stored and less by what, and its output (float32)."""
 
     layer: Layer
     codes: tuple[ir.Value, ...]
+    lessened: tuple[int, ...]
     output: ir.Value
 
 
-def lower(model: ir.Model, checkpoint: Checkpoint, storage: Storage) -> tuple[LoweredLayer, ...]:
-    """Replaces every `vitq` node of a traced model, in place; returns where each layer's numbers are, in the order of the graph."""
+def lower(model: ir.Model, checkpoint: Checkpoint, storage: Storage, attention_int8: bool = False) -> tuple[LoweredLayer, ...]:
+    """Replaces every `vitq` node of a traced model, in place.
+
+    Args:
+        model: from `trace_graph`.
+        checkpoint: whose graph was traced.
+        storage: how weights lie in the file.
+        attention_int8: store the right operand of each matmul as int8 in place of uint8.
+
+    Returns:
+        Where each layer's numbers are, in the order of the graph.
+    """
     layers = {layer.name: layer for layer in checkpoint.graph.layers}
-    lowering = _Lowering(model, checkpoint, storage)
+    lowering = _Lowering(model, checkpoint, storage, attention_int8)
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     return tuple(lowering.replace(node, layers[node.attributes["layer"].as_string()]) for node in nodes)
 
@@ -49,12 +61,13 @@ def lower(model: ir.Model, checkpoint: Checkpoint, storage: Storage) -> tuple[Lo
 class _Lowering:
     """The graph being edited, and what its layers share: constants, quantized tensors, unpacking functions."""
 
-    def __init__(self, model: ir.Model, checkpoint: Checkpoint, storage: Storage) -> None:
-        self._model, self._checkpoint = model, checkpoint
+    def __init__(self, model: ir.Model, checkpoint: Checkpoint, storage: Storage, attention_int8: bool) -> None:
+        self._model, self._checkpoint, self._attention_int8 = model, checkpoint, attention_int8
         self._storage: Storage = storage
+        self._opset = model.opset_imports[""]
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        self._codes: dict[tuple[ir.Value, IntegerQuantizer], ir.Value] = {}
-        self._dequantized: dict[tuple[ir.Value, IntegerQuantizer], ir.Value] = {}
+        self._codes: dict[tuple[ir.Value, IntegerQuantizer, int], ir.Value] = {}
+        self._dequantized: dict[tuple[ir.Value, IntegerQuantizer, int], ir.Value] = {}
         self._tape = ir.tape.Tape()
 
     def replace(self, node: ir.Node, layer: Layer) -> LoweredLayer:
@@ -62,12 +75,15 @@ class _Lowering:
         inputs = [value for value in node.inputs if value is not None]
         operands, bias = inputs[: len(layer.activations)], inputs[len(layer.activations) :]
         quantizers = [integer_quantizer(self._checkpoint, operand) for operand in layer.activations]
-        codes = [self._quantize(value, q, operand.role) for value, q, operand in zip(operands, quantizers, layer.activations, strict=True)]
+        lessened = self._lessened(layer, quantizers)
+        codes = [
+            self._quantize(value, quantizer, operand.role, less)
+            for value, quantizer, operand, less in zip(operands, quantizers, layer.activations, lessened, strict=True)
+        ]
         if layer.op == "matmul":
-            dequantized = [self._dequantize(value, q) for value, q in zip(codes, quantizers, strict=True)]
-            output = self._tape.op("MatMul", dequantized, name=layer.name)
+            output = self._tape.op("MatMul", list(map(self._dequantize, codes, quantizers, lessened)), name=layer.name)
         elif layer.op == "linear":
-            output = self._linear(layer, self._dequantize(codes[0], quantizers[0]), bias, rank=len(_shape(operands[0])))
+            output = self._linear(layer, self._dequantize(codes[0], quantizers[0], 0), bias, rank=len(_shape(operands[0])))
         else:
             output = self._convolution(layer, codes[0], quantizers[0], bias, node)
         old = node.outputs[0]
@@ -75,19 +91,24 @@ class _Lowering:
         self._model.graph.insert_before(node, self._tape.nodes)
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
         self._model.graph.remove(node, safe=True)
-        return LoweredLayer(layer, tuple(codes), output)
+        return LoweredLayer(layer, tuple(codes), lessened, output)
 
-    def _quantize(self, value: ir.Value, quantizer: IntegerQuantizer, role: str) -> ir.Value:
+    def _lessened(self, layer: Layer, quantizers: Sequence[IntegerQuantizer]) -> tuple[int, ...]:
+        """By how much the stored codes of each operand are less than they are: 0 as uint8, 128 as int8."""
+        right = self._attention_int8 and layer.op == "matmul" and isinstance(quantizers[1], Uniform)
+        return tuple(128 if right and at == 1 else 0 for at in range(len(quantizers)))
+
+    def _quantize(self, value: ir.Value, quantizer: IntegerQuantizer, role: str, less: int) -> ir.Value:
         """The integers of a tensor, made at its first reader."""
-        if (value, quantizer) not in self._codes:
+        if (value, quantizer, less) not in self._codes:
             if isinstance(quantizer, LogGrid):
                 codes = self._logarithmic(value, quantizer)
             else:
-                codes = self._tape.op("QuantizeLinear", [value, *self._affine(quantizer.scale, quantizer.zero_point)])
+                codes = self._tape.op("QuantizeLinear", [value, *self._affine(quantizer.scale, quantizer.zero_point, less)])
                 if not _stays_below(quantizer, role):
-                    codes = self._tape.op("Clip", [codes, None, self._constant(np.uint8(highest_code(quantizer.bits)))])
-            self._codes[value, quantizer] = codes
-        return self._codes[value, quantizer]
+                    codes = self._tape.op("Clip", [codes, None, self._constant(_code(highest_code(quantizer.bits), less))])
+            self._codes[value, quantizer, less] = codes
+        return self._codes[value, quantizer, less]
 
     def _logarithmic(self, value: ir.Value, quantizer: LogGrid) -> ir.Value:
         """The grid's integers: the logarithm rounded and saturated below, its power rounded and saturated above."""
@@ -101,14 +122,14 @@ class _Lowering:
         largest = np.exp(-np.float64(quantizer.step) * quantizer.offset)
         return self._tape.op("QuantizeLinear", [self._tape.op("Exp", [rounded]), *self._affine(float(np.float32(largest / TOP)), 0)])
 
-    def _dequantize(self, codes: ir.Value, quantizer: IntegerQuantizer) -> ir.Value:
-        if (codes, quantizer) not in self._dequantized:
-            affine = self._affine(quantizer.scale, quantizer.zero_point)
-            self._dequantized[codes, quantizer] = self._tape.op("DequantizeLinear", [codes, *affine])
-        return self._dequantized[codes, quantizer]
+    def _dequantize(self, codes: ir.Value, quantizer: IntegerQuantizer, less: int) -> ir.Value:
+        if (codes, quantizer, less) not in self._dequantized:
+            affine = self._affine(quantizer.scale, quantizer.zero_point, less)
+            self._dequantized[codes, quantizer, less] = self._tape.op("DequantizeLinear", [codes, *affine])
+        return self._dequantized[codes, quantizer, less]
 
-    def _affine(self, scale: float, zero_point: int) -> tuple[ir.Value, ir.Value]:
-        return self._constant(np.float32(scale)), self._constant(np.uint8(zero_point))
+    def _affine(self, scale: float, zero_point: int, less: int = 0) -> tuple[ir.Value, ir.Value]:
+        return self._constant(np.float32(scale)), self._constant(_code(zero_point, less))
 
     def _linear(self, layer: Layer, x: ir.Value, bias: Sequence[ir.Value], rank: int) -> ir.Value:
         weight = self._checkpoint.weights[layer.name]
@@ -131,11 +152,11 @@ class _Lowering:
 
     def _integers(self, weight: QuantizedWeight, transposed: bool) -> ir.Value:
         """`codes - zero_point` as int8: an initializer, or the call that unpacks one."""
-        bits, tensors = weight_tensors(weight, self._storage, transposed)
+        bits, tensors = weight_tensors(weight, self._storage, transposed, self._opset)
         inputs = [self._constant(tensor) for tensor in tensors]
         if len(inputs) == 1:
             return inputs[0]
-        function = unpack_function(bits, OPSET)
+        function = unpack_function(bits, self._opset)
         self._model.functions.setdefault(function.identifier(), function)
         return self._tape.op(function_name(bits), inputs, domain=DOMAIN)
 
@@ -149,6 +170,10 @@ class _Lowering:
             self._model.graph.register_initializer(constant)
             self._constants[key] = constant
         return self._constants[key]
+
+
+def _code(code: int, less: int) -> np.uint8 | np.int8:
+    return np.int8(code - less) if less else np.uint8(code)
 
 
 def integer_quantizer(checkpoint: Checkpoint, operand: Operand) -> IntegerQuantizer:

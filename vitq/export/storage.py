@@ -7,8 +7,8 @@ planes lie 4 and 8 to a byte, the j-th part of the flattened codes at the j-th b
 Unpacking is one call of a model-local function (`vitq.unpack3(planes, zero_point, shape)`), which onnxruntime inlines and folds to one
 int8 initializer: the graph that runs is the same at every width. Eight bits, and everything in storage "fast", is int8 as it is.
 
-Storage "standard" is for other runtimes: DequantizeLinear reads int4 or int8 as it is, so the weights must be symmetric, codes less
-2^(bits - 1). onnxruntime makes no integer kernel of int4.
+Storage "standard" is for other runtimes: DequantizeLinear reads int8, int4 or, from opset 25 on, int2 as it is, so the weights must be
+symmetric, codes less 2^(bits - 1). onnxruntime makes no integer kernel of int4 and int2.
 
 Leaves out: the scales, which DequantizeLinear applies; see lowering.py.
 """
@@ -25,27 +25,31 @@ from vitq.affine import QuantizedWeight
 Storage = Literal["packed", "fast", "standard"]
 STORAGES: dict[str, str] = {
     "packed": "every width at its true size",
-    "standard": "int4 at 4 bits and below, else int8, without any unpacking: for other runtimes",
+    "standard": "int2 (opset 25), int4 or int8, whichever holds it, without any unpacking: for other runtimes",
     "fast": "int8, nothing to unpack when a session is made",
 }
 
 _DOMAIN = "vitq"
+_SIGNED: dict[tuple[int, ...], ir.DataType] = {(2,): ir.DataType.INT2, (4,): ir.DataType.INT4, (8,): ir.DataType.INT8}
+_OPSET_OF_INT2 = 25
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
-def plane_widths(bits: int, elements: int, storage: Storage) -> tuple[int, ...]:
+def plane_widths(bits: int, elements: int, storage: Storage, opset: int = 21) -> tuple[int, ...]:
     """The planes that hold a weight of `elements` codes, highest first; (8,) is plain int8.
 
     Packed planes of 2 and 1 bits need a multiple of 8 elements; a weight of another size takes the next of 4 and 8 bits.
     """
     if storage == "packed" and (elements % 8 == 0 or bits == 4):
         return _PLANES[bits]
+    if storage == "standard" and bits == 2 and opset >= _OPSET_OF_INT2:
+        return (2,)
     return (4,) if bits <= 4 and storage != "fast" else (8,)
 
 
-def stored_bytes(bits: int, elements: int, channels: int, storage: Storage) -> int:
+def stored_bytes(bits: int, elements: int, channels: int, storage: Storage, opset: int = 21) -> int:
     """Bytes of a weight's codes, zero points (where the file needs them) and float32 scales."""
-    planes = plane_widths(bits, elements, storage)
+    planes = plane_widths(bits, elements, storage, opset)
     return -(-elements * sum(planes) // 8) + channels * (4 if planes == (8,) or storage == "standard" else 5)
 
 
@@ -54,24 +58,25 @@ def is_symmetric(weight: QuantizedWeight) -> bool:
     return bool((weight.zero_point == 2 ** (weight.bits - 1)).all())
 
 
-def weight_tensors(weight: QuantizedWeight, storage: Storage, transposed: bool) -> tuple[int, list[ir.TensorProtocol]]:
+def weight_tensors(weight: QuantizedWeight, storage: Storage, transposed: bool, opset: int = 21) -> tuple[int, list[ir.TensorProtocol]]:
     """What the file stores of a weight's codes.
 
     Args:
         weight: codes (O, ...).
         storage: how to hold them.
         transposed: store (K, N) instead of (O, I) = (N, K).
+        opset: of the file.
 
     Returns:
-        The stored bits, and the inputs of `unpack_function(bits)`: its planes, zero points and shape; or one tensor alone, int8 or int4,
-        which needs none.
+        The stored bits, and the inputs of `unpack_function(bits)`: its planes, zero points and shape; or one tensor alone, int8, int4 or
+        int2, which needs none.
     """
     codes = weight.codes.cpu().numpy()
-    planes = plane_widths(weight.bits, codes.size, storage)
+    planes = plane_widths(weight.bits, codes.size, storage, opset)
     if planes == (8,) or storage == "standard":
         integers = weight.integers().cpu().numpy()
-        dtype = ir.DataType.INT8 if planes == (8,) else ir.DataType.INT4
-        return sum(planes), [ir.tensor(np.ascontiguousarray(integers.T if transposed else integers), dtype=dtype)]
+        integers = np.ascontiguousarray(integers.T if transposed else integers)
+        return sum(planes), [ir.tensor(integers, dtype=_SIGNED[planes])]
     codes = np.ascontiguousarray(codes.T if transposed else codes)
     zero_point = weight.zero_point.cpu().numpy()
     zero_point = zero_point if transposed else zero_point.reshape(-1, *[1] * (codes.ndim - 1))

@@ -3,7 +3,8 @@
 They are lowered and finished by the code that writes real files, so they have the same ops; only their numbers are made up, and time does
 not depend on those. Weights are at 8 bits: however they are stored, onnxruntime unfolds them to int8 when it makes a session, so that
 their width is gone before the first run. An activation below 8 bits costs a Clip; a softmax is taken to be quantized by its logarithm
-there, as it mostly is.
+there, as it mostly is. A linear that is written in parts is timed whole: what the parts take more or less is in what the model takes
+beside its layers.
 
 Leaves out: verification, and anything about accuracy.
 """
@@ -18,11 +19,15 @@ import torch
 from vitq.affine import QuantizedWeight, highest_code
 from vitq.artifacts import BitPlan, Bits, Layer, LayerBits, ModelSpec
 from vitq.checkpoint import Checkpoint
+from vitq.export.factors import fold_numbers
 from vitq.export.finish import finish_file
 from vitq.export.lowering import lower
-from vitq.export.trace import DOMAIN, IR_VERSION, OPSET, trace_graph
+from vitq.export.split import split_linears
+from vitq.export.trace import DOMAIN, OPSET, trace_graph
 from vitq.graph import Graph
 from vitq.quantizers import LogGrid, Quantizer, Uniform
+
+_IR_VERSION = 10  # of OPSET
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,15 @@ def timing_files(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> tuple[
         LayerFile(tuple(names), _finished(alone[kind], checkpoint), tuple(operand.shape for operand in layers[names[0]].activations))
         for kind, names in kinds.items()
     ]
-    return _finished(model, checkpoint), files
+    whole = fold_numbers(split_linears(checkpoint)[0])
+    return _finished(trace_graph(whole.graph), whole), files
 
 
 def nothing() -> bytes:
     """A file that hands one number through: what a run costs beside its ops."""
     given, returned = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y"))
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "nothing", [given], [returned])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
     return model.SerializeToString()
 
 
@@ -121,7 +127,7 @@ def _alone(layer: Layer, node: ir.Node) -> ir.Model:
     output = ir.Value(name="y", shape=ir.Shape([None] * rank), type=ir.TensorType(ir.DataType.FLOAT))
     copied = ir.Node(DOMAIN, node.op_type, [*inputs, *biases], node.attributes.values(), outputs=[output])
     graph = ir.Graph(inputs, [output], nodes=[copied], initializers=biases, opset_imports={"": OPSET, DOMAIN: 1})
-    return ir.Model(graph, ir_version=IR_VERSION)
+    return ir.Model(graph, ir_version=_IR_VERSION)
 
 
 def _finished(model: ir.Model, checkpoint: Checkpoint) -> bytes:

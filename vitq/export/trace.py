@@ -21,14 +21,20 @@ from vitq.graph import Graph, copy
 
 DOMAIN = "vitq"
 OPSET = 21
-IR_VERSION = 10
+OPSETS = range(21, 26)
+"""The opsets that can be written: 4-bit initializers came with 21."""
 
 
-def trace_graph(graph: Graph) -> ir.Model:
+def trace_graph(graph: Graph, opset: int = OPSET, batch: int | None = None) -> ir.Model:
     """The ONNX model of a graph in which layer `name` is a node of domain "vitq" with that name in its attribute `layer`.
 
     Its inputs are the layer's activations and, where there is one, the bias; its op is "linear", "matmul" or "convolution" (with
-    ONNX's attributes strides, pads, dilations, group). The model's input is `images`, its output `output`, its batch dynamic.
+    ONNX's attributes strides, pads, dilations, group). The model's input is `images`, its output `output`.
+
+    Args:
+        graph: the graph to write.
+        opset: of the ops between the layers.
+        batch: how many images the model takes; None for any number.
 
     Raises:
         InputError: torch.onnx cannot express some op of the graph.
@@ -41,15 +47,16 @@ def trace_graph(graph: Graph) -> ir.Model:
     module.graph.eliminate_dead_code()
     module.recompile()
     (placeholder,) = (node for node in graph.module.graph.nodes if node.op == "placeholder")
-    example = torch.zeros(2, *graph.input_shape, device=placeholder.meta["val"].device)
+    example = torch.zeros(batch or 2, *graph.input_shape, device=placeholder.meta["val"].device)
+    shapes = None if batch else ({0: torch.export.Dim("batch")},)
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"):
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+            program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 external_data=False,
                 verbose=False,
                 input_names=["images"],
@@ -59,11 +66,11 @@ def trace_graph(graph: Graph) -> ir.Model:
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise InputError(
-            f"torch.onnx cannot express this model at opset {OPSET}: {reason}; it cannot be exported with this version of torch"
+            f"torch.onnx cannot express this model at opset {opset}: {reason}; it cannot be exported with this version of torch"
         ) from error
     assert onnx_program is not None
     model = onnx_program.model
-    model.graph.inputs[0].shape = ir.Shape(["batch", *graph.input_shape])
+    model.graph.inputs[0].shape = ir.Shape([batch or "batch", *graph.input_shape])
     _own_constants(model)
     return model
 

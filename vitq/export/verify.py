@@ -15,12 +15,15 @@ as two runs do that part at a tie.
 Leaves out: accuracy; see evaluate.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from torch import Tensor
 
@@ -28,10 +31,11 @@ from vitq.affine import highest_code
 from vitq.artifacts import Layer
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, VerificationError
-from vitq.export.kernels import session
+from vitq.export.file import runnable
 from vitq.export.lowering import LoweredLayer, integer_quantizer
 from vitq.graph import run
 from vitq.quantizers import IntegerQuantizer, LogGrid
+from vitq.runtime import open_session
 
 TIE, NOISE = 1e-3, 3e-5
 """Codes are not compared where x is within TIE steps, or within NOISE of the tensor's largest value, of a rounding boundary.
@@ -58,31 +62,46 @@ class Agreement:
     code_mismatch: float
 
 
-def verify_file(model: onnx.ModelProto, layers: Sequence[LoweredLayer], checkpoint: Checkpoint, batches: Iterable[Tensor]) -> Agreement:
+def verify_file(
+    model: onnx.ModelProto,
+    layers: Sequence[LoweredLayer],
+    checkpoint: Checkpoint,
+    batches: Iterable[Tensor],
+    calibrated: Checkpoint | None = None,
+    needed: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Agreement:
     """Compares a file with its checkpoint on images.
 
     Args:
         model: the finished file.
         layers: where each layer's numbers are in it.
-        checkpoint: what it was made from.
+        checkpoint: whose graph was written.
         batches: images (B, 3, H, W), float32, preprocessed.
+        calibrated: what `checkpoint` was rewritten from, whose output the file's must be; None for `checkpoint` itself.
+        needed: the session options that the file needs.
+        folder: where the tensors of a large file lie.
 
     Raises:
         VerificationError: some layer or the output differs; the message names the first such layer and by how much.
         InputError: there are no images.
     """
+    calibrated = calibrated or checkpoint
     device = next(iter(checkpoint.graph.module.parameters())).device
-    plain = session(model.SerializeToString())
-    quantized = checkpoint.quantized_module()
-    comparisons = [_LayerComparison(model, layers, checkpoint, outputs_visible) for outputs_visible in (True, False)]
+    session = partial(_session, folder=folder, needed=needed or {})
+    plain = session(model)
+    quantized = calibrated.quantized_module()
+    comparisons = [_LayerComparison(model, layers, checkpoint, session, outputs_visible) for outputs_visible in (True, False)]
+    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 where any number of images will do
     images, agreeing, error, quantization_error, size = 0, 0, 0.0, 0.0, 0.0
-    for batch in batches:
+    for batch in _of_size(batches, fixed) if fixed else batches:
         if images < IMAGES:
-            for comparison in comparisons:
-                comparison.compare(batch[: IMAGES - images].to(device))
+            for part in batch.split(fixed) if fixed else batch[: IMAGES - images].split(2):  # few at a time: all activations are kept
+                for comparison in comparisons:
+                    comparison.compare(part.to(device))
         output = torch.from_numpy(plain.run(None, {"images": _array(batch)})[0])
         with torch.no_grad():
-            expected, unquantized = quantized(batch.to(device)).cpu(), checkpoint.graph.module(batch.to(device)).cpu()
+            expected, unquantized = quantized(batch.to(device)).cpu(), calibrated.graph.module(batch.to(device)).cpu()
         images += len(batch)
         agreeing += int((output.flatten(1).argmax(1) == expected.flatten(1).argmax(1)).sum())
         error += float((output - expected).double().square().sum())
@@ -98,13 +117,41 @@ def verify_file(model: onnx.ModelProto, layers: Sequence[LoweredLayer], checkpoi
     return Agreement(100 * agreeing / images, sum(c.mismatched for c in comparisons) / max(sum(c.compared for c in comparisons), 1))
 
 
+def _session(model: onnx.ModelProto, folder: Path | None, needed: Mapping[str, str]) -> onnxruntime.InferenceSession:
+    try:
+        return open_session(runnable(model, folder), needed=needed)
+    except InputError as error:
+        raise VerificationError(f"{error}. {_REPORT}") from None
+
+
+def _of_size(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The same images in batches of one size, the last one filled up with the first images."""
+    first = waiting = torch.zeros(0)
+    for batch in batches:
+        first = batch if not len(first) else first
+        waiting = torch.cat([waiting, batch]) if len(waiting) else batch
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if len(waiting):
+        missing = size - len(waiting)
+        yield torch.cat([waiting, first.repeat(-(-missing // len(first)), *[1] * (first.dim() - 1))[:missing]])
+
+
 _NEGATED = "-"  # before a value's name: its negative
 
 
 class _LayerComparison:
     """The file with every layer's codes, and its output too if wanted, among its outputs, and the counts of what was compared."""
 
-    def __init__(self, model: onnx.ModelProto, layers: Sequence[LoweredLayer], checkpoint: Checkpoint, outputs_visible: bool) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        layers: Sequence[LoweredLayer],
+        checkpoint: Checkpoint,
+        session: Callable[[onnx.ModelProto], onnxruntime.InferenceSession],
+        outputs_visible: bool,
+    ) -> None:
         self._layers, self._checkpoint, self._outputs_visible = layers, checkpoint, outputs_visible
         self._output = model.graph.output[0].name
         visible = onnx.ModelProto()
@@ -116,28 +163,27 @@ class _LayerComparison:
             visible.graph.node.extend(onnx.helper.make_node("Neg", [name], [_NEGATED + name]) for name in outputs)
             self._names += [_NEGATED + name for name in outputs]
         visible.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names[1:])
-        self._session = session(visible.SerializeToString())
+        self._session = session(visible)
         self.compared = self.mismatched = 0
 
     def compare(self, images: Tensor) -> None:
-        """Compares every layer on images (B, 3, H, W); two at a time, since all activations are kept."""
+        """Compares every layer on images (B, 3, H, W), all of whose activations are kept."""
         graph = self._checkpoint.graph
-        for part in images.split(2):
-            arrays = self._session.run(self._names, {"images": _array(part)})
-            found = {name: torch.from_numpy(array).to(images.device) for name, array in zip(self._names, arrays, strict=True)}
-            intercepts = {graph.nodes[layer.layer.name]: self._intercept(layer, found) for layer in self._layers}
-            with torch.no_grad():
-                output = run(graph.module, part, intercepts)
-            _compare_output(output, found[self._output])
+        arrays = self._session.run(self._names, {"images": _array(images)})
+        found = {name: torch.from_numpy(array).to(images.device) for name, array in zip(self._names, arrays, strict=True)}
+        intercepts = {graph.nodes[layer.layer.name]: self._intercept(layer, found) for layer in self._layers}
+        with torch.no_grad():
+            output = run(graph.module, images, intercepts)
+        _compare_output(output, found[self._output])
 
     def _intercept(self, layer: LoweredLayer, found: dict[str, Tensor]) -> Callable[..., Tensor]:
         operands = [integer_quantizer(self._checkpoint, operand) for operand in layer.layer.activations]
-        codes = [found[str(value.name)] for value in layer.codes]
+        codes = [found[str(value.name)].to(torch.float32) + less for value, less in zip(layer.codes, layer.lessened, strict=True)]
 
         def replaced(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
             for operand, x, given, quantizer in zip(layer.layer.activations, arguments, codes, operands, strict=False):
                 noise = SOFTMAX_NOISE if operand.role == "post_softmax" else NOISE
-                self._compare_codes(layer.layer.name, x, given.to(torch.float32), quantizer, noise)
+                self._compare_codes(layer.layer.name, x, given, quantizer, noise)
             expected, accepted = self._expected(layer.layer, compute, arguments, codes, operands)
             if not self._outputs_visible:
                 return expected.to(torch.float32)
