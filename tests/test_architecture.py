@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("artifacts",),
-    ("affine", "images", "latency", "moments", "processor", "weights"),
+    ("affine", "images", "latency", "moments", "processor", "units", "weights"),
     ("models", "graph", "quantizers", "runtime"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
@@ -42,6 +42,7 @@ LIBRARIES = {
     "PIL": {"images"},
     "highspy": {"allocation"},
     "matplotlib": {"allocation"},
+    "jinja2": {"report"},
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
@@ -49,7 +50,7 @@ LIBRARIES = {
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
-    "torch": set(FLOOR) - {"errors", "artifacts", "latency", "processor", "allocation"},
+    "torch": set(FLOOR) - {"errors", "artifacts", "latency", "processor", "units", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.

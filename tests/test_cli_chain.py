@@ -394,6 +394,8 @@ def test_demo(tmp_path: Path):
     assert rows["uniform 8"]["kl"] < rows["mixed 3.0"]["kl"]
     assert abs(rows["uniform 8"]["top1"] - rows["float"]["top1"]) < 1
     assert rows["mixed 3.0"]["file_bytes"] < 0.5 * rows["uniform 8"]["file_bytes"] < 0.2 * rows["float"]["file_bytes"]
+    assert done.document["report"] == "vitq-demo/report.html"
+    assert vitq("report", "vitq-demo", "--force", "--json", folder=tmp_path).document["left_out"] == []
     assert vitq("demo", folder=tmp_path).code == 2
     done = vitq("export", "--run-dir", "vitq-demo/uniform-3", "-o", "again.onnx", folder=tmp_path)
     assert done.code == 0, done.err

@@ -115,6 +115,11 @@ def read_plan(path: str | Path) -> tuple[BitPlan, dict[str, Any]]:
     return plan, made_from
 
 
+def read_errors(path: str | Path) -> dict[str, dict[str, float | None]]:
+    """Each layer's "sqnr" and "kl" as calibration found them, without building the model; errors as those of `load`."""
+    return _read(Path(path))[-1]
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a file is a calibrated model of this tool, by its header alone."""
     try:

@@ -9,9 +9,10 @@ from math import floor
 from typing import Any
 
 from vitq.allocation.budgets import Amount, Whole, average_amounts, average_limits, bit_operations, total
-from vitq.allocation.choices import Scope, Widths
+from vitq.allocation.choices import Scope, Widths, settle
 from vitq.allocation.sizes import stored_bytes
-from vitq.artifacts import WIDTHS
+from vitq.artifacts import WIDTHS, BitPlan, Profile
+from vitq.latency import LatencyTable
 
 
 def summarize(scope: Scope, widths: Sequence[Widths], whole: Whole, budgets: Sequence[str]) -> dict[str, Any]:
@@ -45,6 +46,24 @@ def summarize(scope: Scope, widths: Sequence[Widths], whole: Whole, budgets: Seq
     if whole.latencies is not None:
         found["latency_ms"] = (whole.latencies.rest_nanoseconds + total(whole.latencies.nanoseconds, widths)) / 10**6
     return found
+
+
+def summarize_plan(plan: BitPlan, profile: Profile, latencies: LatencyTable | None = None) -> dict[str, Any]:
+    """What `summarize` says of a plan, from its layers alone: it may have been edited since its `summary` was written.
+
+    Raises:
+        InputError: the plan does not fit the profile's layers.
+    """
+    plan.check(profile.layers)
+    kept = (entry for entry in plan.layers if entry.name in plan.fixed)
+    fixed = [f"{entry.name}={entry.weight_bits or entry.activation_bits}/{entry.activation_bits}" for entry in kept]
+    return summarize(settle(profile.layers, fixed), widths_of(plan, profile), Whole(profile.rest_bytes, latencies), ())
+
+
+def widths_of(plan: BitPlan, profile: Profile) -> tuple[Widths, ...]:
+    """The layers of a profile at the widths of a plan that fits it."""
+    bits = plan.bits
+    return tuple(Widths(layer, bits[layer.name].weight_bits, bits[layer.name].activation_bits) for layer in profile.layers)
 
 
 def _average(pair: tuple[Amount, int], widths: Iterable[Widths]) -> Fraction | None:

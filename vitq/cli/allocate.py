@@ -11,9 +11,10 @@ from vitq.artifacts import Profile, load_profile, refuse_existing, save, write_w
 from vitq.cli import options
 from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
 from vitq.cli.layer_table import plan_table
-from vitq.cli.terminal import Terminal, in_units
+from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
 from vitq.latency import load_latency_table
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table

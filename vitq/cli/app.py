@@ -18,6 +18,7 @@ from vitq.cli.doctor import doctor
 from vitq.cli.evaluate import evaluate
 from vitq.cli.export import export
 from vitq.cli.profile import profile
+from vitq.cli.report import report
 from vitq.cli.show import show
 from vitq.errors import VitqError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, allocate, calibrate, export, evaluate, bench, show, doctor, demo):
+for command in (profile, allocate, calibrate, export, evaluate, bench, report, show, doctor, demo):
     app.command()(command)
 
 

@@ -12,9 +12,10 @@ import typer
 
 from vitq.artifacts import load_profile, save, write_whole
 from vitq.cli import options
-from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, Memory, Reading, in_folder, output_path, run_folder
-from vitq.cli.terminal import Terminal, in_units, json_text
+from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, in_folder, output_path, run_folder
+from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, UsageError
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,6 +92,8 @@ def bench(
         write_whole(path, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
     terminal.result(document, *_tables(rows, loaded), *([f"wrote {path}"] if path else []))
     _check(rows, named, max_ms)
+    if path == folder / BENCH:
+        terminal.next(in_folder("vitq report", folder / REPORT, REPORT))
 
 
 def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, path: Path, terminal: Terminal) -> None:

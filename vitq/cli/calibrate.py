@@ -22,8 +22,9 @@ from vitq.cli.chain import (
     run_folder,
 )
 from vitq.cli.layer_table import worst
-from vitq.cli.terminal import Terminal, in_minutes, in_units
+from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
+from vitq.units import in_minutes, in_units
 
 RECIPE_HELP = (
     "fast: minutes, no gradients; reconstruct: the most accurate; "

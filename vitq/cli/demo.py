@@ -1,4 +1,4 @@
-"""`vitq demo`: the whole chain on the model and the images that come with the package, and a table of what bits cost.
+"""`vitq demo`: the whole chain on the model and the images that come with the package, a table of what bits cost, and a report.
 
 Leaves a complete run folder of the mixed plan; the uniform plans are complete ones in folders below it.
 """
@@ -6,19 +6,22 @@ Leaves a complete run folder of the mixed plan; the uniform plans are complete o
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import Profile, save
+from vitq.artifacts import Profile, save, write_whole
 from vitq.cli import options
-from vitq.cli.chain import CHECKPOINT, ONNX, PLAN, PROFILE, LoadingOptions, digest_of
+from vitq.cli.bench import usable_cores
+from vitq.cli.chain import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE, LoadingOptions, digest_of
 from vitq.cli.evaluate import flat, save_result
 from vitq.cli.profile import remembering
-from vitq.cli.terminal import Terminal, in_units
+from vitq.cli.report import write_report
+from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import UsageError
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,9 +64,11 @@ def demo(
     rows = [_quantized(name, found, model, calibration, test, run_dir, terminal) for name in PLANS]
     terminal.note("latency: one image at a time, all files in turn")
     rows = _with_latencies([_float(model, test), *rows], model, test)
+    terminal.note("report: everything on one page")
+    file = _report(found, rows, model, run_dir)
     seconds = time.perf_counter() - started
-    document = {"run_dir": str(run_dir), "results": [row.document() for row in rows], "seconds": seconds}
-    terminal.result(document, _table(rows), f"took {seconds:.0f} s; everything is in {run_dir}")
+    document = {"run_dir": str(run_dir), "results": [row.document() for row in rows], "report": str(file), "seconds": seconds}
+    terminal.result(document, _table(rows), f"took {seconds:.0f} s; everything is in {run_dir}, and {file} shows it")
     terminal.next(f"vitq show {run_dir / PLAN}")
 
 
@@ -76,6 +81,7 @@ class _Row:
     file: Path | None
     file_bytes: int = 0
     median_ms: float = 0.0
+    p90_ms: float = 0.0
 
     def document(self) -> dict[str, Any]:
         return {"name": self.name} | self.measures | {"file_bytes": self.file_bytes, "median_ms": self.median_ms}
@@ -128,7 +134,24 @@ def _with_latencies(rows: Sequence[_Row], model: "LoadedModel", test: "Images") 
         export_float(prepare(model)[0], file)
         measured = latencies([row.file or file for row in rows], image)
         sizes = [(row.file or file).stat().st_size for row in rows]
-    return [replace(row, file_bytes=size, median_ms=latency.median_ms) for row, size, latency in zip(rows, sizes, measured, strict=True)]
+    return [replace(row, file_bytes=size, **vars(latency)) for row, size, latency in zip(rows, sizes, measured, strict=True)]
+
+
+def _report(found: Profile, rows: Sequence[_Row], model: "LoadedModel", run_dir: Path) -> Path:
+    """Leaves the staircase and all rows' results in the mixed plan's folder, as commands would, and shows the folder on a page."""
+    from vitq.allocation import as_json, pareto
+    from vitq.bench import Row
+
+    write_whole(run_dir / STAIRCASE, lambda temporary: temporary.write_text(as_json(pareto(found)), encoding="utf-8"))
+    timed = []
+    for row in rows:
+        name = row.file.relative_to(run_dir).as_posix() if row.file else "float32"
+        save_result(row.measures, run_dir, name if row.file else model.source)
+        ratios = {"images_per_second": 1000 / row.median_ms, "speedup": rows[0].median_ms / row.median_ms}
+        timed.append(asdict(Row(name, 1, usable_cores(), row.median_ms, row.p90_ms, **ratios)))
+    write_whole(run_dir / BENCH, lambda temporary: temporary.write_text(json_text({"results": timed, "files": []}), encoding="utf-8"))
+    write_report(run_dir, run_dir / REPORT)
+    return run_dir / REPORT
 
 
 def _table(rows: Sequence[_Row]) -> "Table":

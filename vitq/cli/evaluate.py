@@ -10,7 +10,17 @@ import typer
 
 from vitq.artifacts import load_profile, write_whole
 from vitq.cli import options
-from vitq.cli.chain import EVALUATION, PROFILE, LoadingOptions, Memory, output_path, refuse_missing_artifact, refuse_missing_sources
+from vitq.cli.chain import (
+    EVALUATION,
+    PROFILE,
+    REPORT,
+    LoadingOptions,
+    Memory,
+    in_folder,
+    output_path,
+    refuse_missing_artifact,
+    refuse_missing_sources,
+)
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
 
@@ -88,12 +98,15 @@ def evaluate(
         found = measure(subject.runnable, batches, runnable, subject.num_classes > 0)
     document = flat(found) | verified
     folder = run_dir or subject.folder
+    saved = folder if output is None and folder is not None and (folder / PROFILE).is_file() else None
     if output is not None:
         _write(output, document)
-    elif folder is not None and (folder / PROFILE).is_file():
-        save_result(document, folder, subject.name)
+    if saved is not None:
+        save_result(document, saved, subject.name)
     terminal.result(document, *([said] if said else []), f"{subject.name} on {found.num_images} images", *_lines(found))
     _check(gates, document)
+    if saved is not None:
+        terminal.next(in_folder("vitq report", saved / REPORT, REPORT))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from vitq.cli.chain import (
     refuse_stale_checkpoint,
     run_folder,
 )
-from vitq.cli.terminal import Terminal, in_units
+from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from vitq.export import ExportReport, Storage

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vitq.artifacts import BitPlan, Layer, LayerBits, Profile
-from vitq.cli.terminal import in_units
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,8 +10,9 @@ from vitq.artifacts import FisherLabels, LrpAggregate, LrpRules, LrpTarget, Metr
 from vitq.cli import options
 from vitq.cli.chain import PROFILE, ImageSource, LoadingOptions, ModelSource, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import cost_table
-from vitq.cli.terminal import Terminal, in_units
+from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from vitq.images import Images

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitq.artifacts import BitPlan, Profile, load_plan, load_profile
 from vitq.cli.chain import CHECKPOINT, ONNX, PLAN, PROFILE, from_another_profile, of_another_plan
-from vitq.cli.terminal import in_units
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,8 +14,9 @@ from vitq.cli.chain import PROFILE, LoadingOptions, output_path, refuse_missing_
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
 from vitq.cli.run_folder import folder_table, is_run_folder, read_folder
 from vitq.cli.staircase_table import staircase_table
-from vitq.cli.terminal import Terminal, in_units, json_text
+from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import InputError
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,7 +102,9 @@ def _read_json(path: Path) -> Shown:
         profile = _profile_beside(path, {entry.name for entry in plan.layers})
         if profile is None:
             return Shown(head, [entry.model_dump(mode="json") for entry in plan.layers])
-        return Shown(head | {"summary": _sums(plan, profile)}, layer_rows(profile.layers, plan.bits))
+        from vitq.allocation.summary import summarize_plan
+
+        return Shown(head | {"summary": summarize_plan(plan, profile)}, layer_rows(profile.layers, plan.bits))
     if isinstance(kind, dict) and kind.get("format") == Staircase.model_fields["format"].default:
         staircase = load_staircase(path)
         what = f"staircase: metric {staircase.metric}, objective {staircase.objective}, {len(staircase.plans)} plans"
@@ -131,22 +134,6 @@ def _profile_beside(path: Path, names: set[str]) -> Profile | None:
     beside = path.parent / PROFILE
     profile = load_profile(beside) if beside.is_file() else None
     return profile if profile and {layer.name for layer in profile.layers} == names else None
-
-
-def _sums(plan: BitPlan, profile: Profile) -> dict[str, Any]:
-    """Averages, size and BitOps of a plan, computed from its layers: it may have been edited since they were written into it."""
-    from vitq.allocation.budgets import Whole
-    from vitq.allocation.choices import Widths, settle
-    from vitq.allocation.summary import summarize
-
-    plan.check(profile.layers)
-    fixed = [
-        f"{entry.name}={entry.weight_bits or entry.activation_bits}/{entry.activation_bits}"
-        for entry in plan.layers
-        if entry.name in plan.fixed
-    ]
-    widths = [Widths(layer, plan.bits[layer.name].weight_bits, plan.bits[layer.name].activation_bits) for layer in profile.layers]
-    return summarize(settle(profile.layers, fixed), widths, Whole(profile.rest_bytes), ())
 
 
 def _head(kind: str, spec: ModelSpec, made_from: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from vitq.artifacts import Staircase
-from vitq.cli.terminal import in_units
+from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table

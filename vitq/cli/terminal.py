@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vitq.units import in_minutes
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -105,16 +107,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def in_minutes(seconds: float) -> str:
-    """A time for people: 42 -> "42 s", 600 -> "10 min"."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def in_units(value: float, unit: str) -> str:
-    """A number with a decimal prefix: 1_450_000 and "B" -> "1.45 MB"."""
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f} {prefix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()

@@ -1,0 +1,14 @@
+"""Numbers with their units, for people; decimal prefixes, as everywhere in vitq."""
+
+
+def in_units(value: float, unit: str) -> str:
+    """A number with a decimal prefix: 1_450_000 and "B" -> "1.45 MB"."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def in_minutes(seconds: float) -> str:
+    """A time for people: 42 -> "42 s", 600 -> "10 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
