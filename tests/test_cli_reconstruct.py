@@ -60,8 +60,8 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(session: Path):
 
 def test_options_of_the_other_recipe_are_refused(session: Path, tmp_path: Path):
     shutil.copytree(session, tmp_path / "session")
-    for option in (("--dry-run",), ("--iterations", 5)):
+    for option, recipes in ((("--dry-run",), "reconstruct"), (("--iterations", 5), "reconstruct or fima-q")):
         done = vitq("calibrate", "--force", *option, folder=tmp_path / "session")
-        assert done.code == 2 and f"{option[0]} is for --recipe reconstruct; recipe fast takes minutes" in done.err
+        assert done.code == 2 and f"{option[0]} is for --recipe {recipes}; recipe fast takes minutes" in done.err
     done = vitq(*RECONSTRUCT, "--num-images", 5, folder=session)
     assert done.code == 3 and "5 images are too few for recipe reconstruct; give --num-images at least 8, or --recipe fast" in done.err

@@ -1,7 +1,10 @@
 """The papers' recipes: what every recipe promises, and each paper's own part against a slow version written from the paper."""
 
 import math
+import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from test_calibration import in_batches, plan_for
 
 from vitq import checkpoint as checkpoints
 from vitq.affine import quantize_weight, weight_qparams
-from vitq.calibration import RECIPES
+from vitq.calibration import LEARNING, RECIPES
 from vitq.calibration.channelwise import Channels, fold_channelwise, output_error
 from vitq.calibration.erq import compensated_layer
 from vitq.calibration.mix_qvit import CLIPS, calibrate_mix_qvit, clipped, readers_error
@@ -47,9 +50,16 @@ def recipe(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def quickly(recipe: str) -> dict[str, Any]:
+    """Options that let a recipe learn two steps, where it learns."""
+    if recipe not in LEARNING:
+        return {}
+    return {"learning": replace(LEARNING[recipe], iterations=2, scratch=Path(tempfile.mkdtemp()))}
+
+
 def calibrated(recipe: str, graph: Graph, family: str = "vit") -> Checkpoint:
-    size = graph.input_shape[1:]
-    return RECIPES[recipe](graph, plan_for(graph, family, lambda index: 2 + index % 7), in_batches(images(12, size), 6))
+    plan, batches = plan_for(graph, family, lambda index: 2 + index % 7), in_batches(images(12, graph.input_shape[1:]), 6)
+    return RECIPES[recipe](graph, plan, batches, **quickly(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +114,8 @@ def test_the_graph_stays_as_it_was_and_the_result_is_the_same_again(found: Check
 def test_eight_bits_are_near_the_float_model(recipe: str, graph: Graph):
     model, _ = captured("vit")
     x = images(8, 32, seed=9)
-    module = RECIPES[recipe](graph, plan_for(graph, "vit", 8), in_batches(images(16, 32), 8)).quantized_module()
+    batches = in_batches(images(16, 32), 8)
+    module = RECIPES[recipe](graph, plan_for(graph, "vit", 8), batches, **quickly(recipe)).quantized_module()
     with torch.no_grad():
         assert float((module(x) - model(x)).norm() / model(x).norm()) < 0.15
 
@@ -113,7 +124,8 @@ def test_eight_bits_are_near_the_float_model(recipe: str, graph: Graph):
 def test_other_families_are_calibrated_and_loaded(recipe: str, family: str, tmp_path: Path):
     graph = rewrite(captured(family)[1])
     size = graph.input_shape[1:]
-    checkpoint = RECIPES[recipe](graph, plan_for(graph, family, lambda index: (3, 8, 5)[index % 3]), in_batches(images(4, size), 4))
+    plan = plan_for(graph, family, lambda index: (3, 8, 5)[index % 3])
+    checkpoint = RECIPES[recipe](graph, plan, in_batches(images(4, size), 4), **quickly(recipe))
     checkpoints.save(checkpoint, tmp_path / "model.safetensors")
     x = images(2, size, seed=8)
     with torch.no_grad():
@@ -141,7 +153,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_calibrate_takes_the_recipe_by_name_and_evaluate_its_file(recipe: str, session: Path):
-    done = vitq("calibrate", "--recipe", recipe, "--force", folder=session)
+    steps = ("--iterations", 2) if recipe in LEARNING else ()
+    done = vitq("calibrate", "--recipe", recipe, *steps, "--force", folder=session)
     assert done.code == 0 and f"14 layers calibrated by recipe {recipe} on 12 images" in done.out
     exported = vitq("export", "--force", folder=session)
     assert exported.code == (2 if "next: vitq evaluate vitq-run/model.safetensors" in done.err else 0), exported.err

@@ -7,14 +7,17 @@ from typing import Any
 from vitq.artifacts import BitPlan
 from vitq.calibration.adalog import calibrate_adalog
 from vitq.calibration.attribution import LayerError, attribute
+from vitq.calibration.blocks import Progress
 from vitq.calibration.erq import calibrate_erq
 from vitq.calibration.estimate import Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
+from vitq.calibration.fima_q import LEARNING as FIMA_Q_LEARNING
+from vitq.calibration.fima_q import calibrate_fima_q
 from vitq.calibration.fq_vit import calibrate_fq_vit
 from vitq.calibration.learning import Learning
 from vitq.calibration.mix_qvit import calibrate_mix_qvit
 from vitq.calibration.ptq4vit import calibrate_ptq4vit
-from vitq.calibration.reconstruct import Progress, calibrate_reconstruct
+from vitq.calibration.reconstruct import calibrate_reconstruct
 from vitq.calibration.repq_vit import calibrate_repq_vit
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
@@ -23,7 +26,7 @@ from vitq.images import Images
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
 
-__all__ = ["RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "expected"]
+__all__ = ["LEARNING", "RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "expected"]
 
 RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "fast": calibrate_fast,
@@ -34,9 +37,11 @@ RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "adalog": calibrate_adalog,
     "fq-vit": calibrate_fq_vit,
     "ptq4vit": calibrate_ptq4vit,
+    "fima-q": calibrate_fima_q,
 }
 
-_LEARNING = {"reconstruct"}  # recipes that take a Learning and tell their progress
+LEARNING = {"reconstruct": Learning(), "fima-q": FIMA_Q_LEARNING}
+"""The recipes that take a Learning and tell their progress, each with its default."""
 
 
 def calibrate(
@@ -58,8 +63,8 @@ def calibrate(
         recipe: a name in `RECIPES`.
         device: where to compute.
         symmetric: weights without zero points, which `--storage standard` needs; costs accuracy below 7 bits.
-        learning: for `reconstruct`: iterations, seed, scratch folder.
-        progress: for `reconstruct`: is told how far it is.
+        learning: for the recipes of `LEARNING`: iterations, seed, scratch folder.
+        progress: for the recipes of `LEARNING`: is told how far it is.
 
     Raises:
         UsageError: an unknown recipe, or one that does not learn given how to.
@@ -67,10 +72,10 @@ def calibrate(
     """
     if recipe not in RECIPES:
         raise UsageError(f"recipe {recipe!r} is not known; give one of {', '.join(RECIPES)}")
-    if learning is not None and recipe not in _LEARNING:
-        raise UsageError(f"recipe {recipe!r} has no iterations; give recipe {' or '.join(sorted(_LEARNING))}")
+    if learning is not None and recipe not in LEARNING:
+        raise UsageError(f"recipe {recipe!r} has no iterations; give recipe {' or '.join(LEARNING)}")
     graph = _graph(model, plan, device)
-    options: dict[str, Any] = {"learning": learning or Learning(), "progress": progress} if recipe in _LEARNING else {}
+    options: dict[str, Any] = {"learning": learning or LEARNING[recipe], "progress": progress} if recipe in LEARNING else {}
     checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric, **options)
     errors = {name: asdict(error) for name, error in attribute(checkpoint, images).items()}
     calibrated_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}

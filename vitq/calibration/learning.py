@@ -1,7 +1,7 @@
 """Learns a block's variables: Adam on an error, a few hundred steps, rates that fall to nothing along half a cosine."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vitq.calibration.streams import Stream, Values
 from vitq.calibration.variables import BlockVariables
+from vitq.errors import UsageError
 
-_MOMENTA = (0.9, 0.99)  # a second moment that forgets in a hundred steps: there are only a few hundred
+MOMENTA = (0.9, 0.99)  # a second moment that forgets in a hundred steps: there are only a few hundred
 _DROPPED = 0.5  # of the elements of a block's input, taken from the float network: QDrop (Wei et al., ICLR 2022)
 
 Step = Callable[[Values], Values]
@@ -32,6 +33,12 @@ class Learning:
     batch_size: int = 32
     views: int = 8
     fisher: bool = True
+
+    def check(self) -> None:
+        """Raises UsageError where there is fewer than one iteration, view or image a batch."""
+        for name, value in (("iterations", self.iterations), ("views", self.views), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise UsageError(f"{name} {value} cannot be learned with; give at least 1, or recipe fast")
 
 
 def learn(
@@ -56,17 +63,14 @@ def learn(
         generator: of batches and drops.
         told: is called with the part that is done.
     """
-    optimizer = torch.optim.Adam(variables.groups(), betas=_MOMENTA)
-    order: list[Tensor] = []
+    optimizer = torch.optim.Adam(variables.groups(), betas=MOMENTA)
+    batches = shuffled(in_float, generator)
     with torch.enable_grad():
         for iteration in range(learning.iterations):
-            if not order:
-                shuffled = torch.randperm(in_float.count, generator=generator)
-                order = [images for images in shuffled.split(in_float.batch_size) if len(images) == in_float.batch_size]
-            images = order.pop()
+            images = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * (1 + math.cos(math.pi * iteration / learning.iterations)) / 2
-            found = error(step(_mixed(in_float.read(images), in_quantized.read(images), generator)), images)
+            found = error(step(mixed(in_float.read(images), in_quantized.read(images), generator)), images)
             optimizer.zero_grad()
             found.backward()
             optimizer.step()
@@ -74,12 +78,22 @@ def learn(
     variables.freeze()
 
 
-def _mixed(floats: Values, quantized: Values, generator: torch.Generator) -> Values:
+def shuffled(stream: Stream, generator: torch.Generator) -> Iterator[Tensor]:
+    """The numbers of images for one step after the other, whole batches in an order that is drawn anew each time all have come."""
+    while True:
+        order = torch.randperm(stream.count, generator=generator).split(stream.batch_size)
+        yield from (images for images in reversed(order) if len(images) == stream.batch_size)
+
+
+def mixed(floats: Values, quantized: Values, generator: torch.Generator) -> Values:
     """Each element from the one or the other; what is no floating point tensor is the quantized network's."""
 
-    def mixed(name: str, value: object) -> object:
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
-            return value
-        return torch.where(torch.rand(value.shape, generator=generator).to(value.device) < _DROPPED, floats[name], value)
+    def either(name: str, value: object) -> object:
+        return dropped(floats[name], value, generator) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return {name: mixed(name, value) for name, value in quantized.items()}
+    return {name: either(name, value) for name, value in quantized.items()}
+
+
+def dropped(floats: Tensor, quantized: Tensor, generator: torch.Generator) -> Tensor:
+    """Each element from the one or the other."""
+    return torch.where(torch.rand(quantized.shape, generator=generator).to(quantized.device) < _DROPPED, floats, quantized)

@@ -28,15 +28,18 @@ from vitq.units import in_minutes, in_units
 
 RECIPE_HELP = (
     "fast: minutes, no gradients; reconstruct: the most accurate; "
-    "as papers do, to compare with: repq-vit, mix-qvit, erq, adalog, fq-vit, ptq4vit."
+    "as papers do, to compare with: repq-vit, mix-qvit, erq, adalog, fq-vit, ptq4vit, and, by gradients, fima-q."
 )
+LEARNING = ("reconstruct", "fima-q")
 
 
 def calibrate(
     plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
     images: options.RememberedImages = None,
     recipe: Annotated[str, typer.Option("--recipe", help=RECIPE_HELP)] = "fast",
-    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="reconstruct: steps a block. (default: 150)")] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=1, help="reconstruct, fima-q: steps a block. (default: 150, 300)")
+    ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
     ] = False,
@@ -64,13 +67,16 @@ def calibrate(
     if plan is None:
         refuse_stale_plan(chosen, source)
     refuse_missing_sources(model, images)
-    if recipe != "reconstruct" and (iterations is not None or dry_run):
-        raise UsageError(f"{'--dry-run' if dry_run else '--iterations'} is for --recipe reconstruct; recipe {recipe} takes minutes")
+    if dry_run and recipe != "reconstruct":
+        raise UsageError(f"--dry-run is for --recipe reconstruct; recipe {recipe} takes minutes")
+    if iterations is not None and recipe not in LEARNING:
+        raise UsageError(f"--iterations is for --recipe {' or '.join(LEARNING)}; recipe {recipe} takes minutes")
     path = output_path(output, folder, CHECKPOINT, force or dry_run)
     memory = plan_memory(chosen, source)
     options.usable_device(device)
-    from vitq.calibration import Learning, expected
+    from vitq.calibration import LEARNING as DEFAULTS
     from vitq.calibration import calibrate as fit
+    from vitq.calibration import expected
     from vitq.checkpoint import save
     from vitq.quantizers import LogGrid, Uniform
 
@@ -81,9 +87,9 @@ def calibrate(
     terminal.preprocessing(loaded.data_config, chosen.model.data_config)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     scratch, learning = None, None
-    if recipe == "reconstruct":
-        scratch = path.with_name(f".{path.stem}.scratch")
-        learning = Learning(iterations or Learning().iterations, remembered.seed, scratch)
+    if recipe in LEARNING:
+        scratch, default = path.with_name(f".{path.stem}.scratch"), DEFAULTS[recipe]
+        learning = replace(default, iterations=iterations or default.iterations, seed=remembered.seed, scratch=scratch)
     if dry_run:
         found = expected(loaded, chosen, opened, device, learning)
         what = f"recipe {recipe} would take about {in_minutes(found.seconds)} on {opened.num_listed} images"
