@@ -1,7 +1,7 @@
 """The exported file: integer kernels for linears and matmuls of any shape, the fake-quantized values, what it says of itself."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from vitq.export import ExportReport, export
 from vitq.export.digests import check_digests
 from vitq.export.kernels import optimised_graph
 from vitq.processor import processor
+from vitq.quantizers import Uniform
 from vitq.runtime import needed_options, open_session
 
 
@@ -270,3 +271,20 @@ def test_a_large_model_is_two_files(
     monkeypatch.undo()
     export(vit, path, [images], force=True)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("zero_point", "clips"), [(2, False), (0, True)])
+def test_what_is_bounded_below_needs_no_clip(zero_point: int, clips: bool, tmp_path: Path) -> None:
+    """The least output of a GELU, -0.17, has code 0 or more at zero point 2, and is cut off at 0."""
+    checkpoint = make_checkpoint(small_vit(), weight=8, activation=4)
+    tensors = {layer.operands[0].tensor for layer in checkpoint.graph.layers if layer.operands[0].role == "post_gelu"}
+    assert tensors
+    activations = {tensor: Uniform(0.125, zero_point, 4) if tensor in tensors else given for tensor, given in checkpoint.activations.items()}
+    checkpoint = replace(checkpoint, activations=activations)
+    path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
+    assert export(checkpoint, path, [images]).code_mismatch == 0
+    model = onnx.load(path)
+    readers = {name: node for node in model.graph.node for name in node.input}
+    for gelu in (node for node in model.graph.node if node.op_type == "Gelu"):
+        assert (readers[readers[gelu.output[0]].output[0]].op_type == "Clip") == clips
+    np.testing.assert_allclose(run(path, 3 * images), checkpoint.quantized_module()(3 * images).detach(), rtol=0, atol=0.05)

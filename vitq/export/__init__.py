@@ -92,7 +92,7 @@ def export(
     written = fold_numbers(split)
     model = trace_graph(written.graph, opset, batch)
     layers = lower(model, written, storage, attention_int8)
-    needed = INT8_ALLOWED if any(less for layer in layers for less in layer.lessened) else {}
+    needed = INT8_ALLOWED if any(less > 0 for layer in layers for less in layer.lessened) else {}
     file = finish_file(model, layers, checkpoint, needed)
     with folder_beside(path) as folder:
         stored = folder / path.name

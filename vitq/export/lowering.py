@@ -4,8 +4,9 @@
     matmul        both operands QuantizeLinear -> [Clip] -> DequantizeLinear, then MatMul
     convolution   QuantizeLinear -> [Clip] -> Cast -> Sub(zero point) -> Conv with the float weight: a float kernel by choice
 
-Activations are uint8 at every width: below 8 bits a Clip on the codes keeps them to 2^bits - 1, which costs nothing and keeps the
-integer kernel. With `attention_int8` the right operand of a matmul, keys or values, is int8 instead, each code 128 less: a faster
+Activations are uint8 at every width: below 8 bits a Clip on the codes keeps them to 2^bits - 1, which costs little and keeps the
+integer kernel. What is bounded below, as a GELU's output, needs none: its codes are stored 255 - (2^bits - 1) greater, where uint8
+saturates by itself. With `attention_int8` the right operand of a matmul, keys or values, is int8 instead, each code 128 less: a faster
 kernel, which onnxruntime takes only in a session that allows it. A tensor is quantized once for all its readers. The bias has three
 axes because a bias of one lets onnxruntime make a float Gemm of MatMul and Add before it looks for integer kernels; a linear of rank 2
 loses the extra axis again in a Squeeze. A convolution between DequantizeLinear and QuantizeLinear would have its float weight quantized
@@ -32,7 +33,7 @@ from vitq.quantizers.log_grid import TOP
 
 @dataclass(frozen=True)
 class LoweredLayer:
-    """Where a layer's numbers are in the ONNX graph: the codes of its activations, as stored and less by what, and its output (float32)."""
+    """Where a layer's numbers are in the ONNX graph: its activations' codes, stored less the numbers in `lessened`, and its output."""
 
     layer: Layer
     codes: tuple[ir.Value, ...]
@@ -83,9 +84,9 @@ class _Lowering:
         if layer.op == "matmul":
             output = self._tape.op("MatMul", list(map(self._dequantize, codes, quantizers, lessened)), name=layer.name)
         elif layer.op == "linear":
-            output = self._linear(layer, self._dequantize(codes[0], quantizers[0], 0), bias, rank=len(_shape(operands[0])))
+            output = self._linear(layer, self._dequantize(codes[0], quantizers[0], lessened[0]), bias, rank=len(_shape(operands[0])))
         else:
-            output = self._convolution(layer, codes[0], quantizers[0], bias, node)
+            output = self._convolution(layer, codes[0], quantizers[0], lessened[0], bias, node)
         old = node.outputs[0]
         output.shape, output.type = old.shape, old.type
         self._model.graph.insert_before(node, self._tape.nodes)
@@ -94,9 +95,12 @@ class _Lowering:
         return LoweredLayer(layer, tuple(codes), lessened, output)
 
     def _lessened(self, layer: Layer, quantizers: Sequence[IntegerQuantizer]) -> tuple[int, ...]:
-        """By how much the stored codes of each operand are less than they are: 0 as uint8, 128 as int8."""
+        """By how much each operand's stored codes are less than they are: 128 as int8; negative at uint8's upper end."""
         right = self._attention_int8 and layer.op == "matmul" and isinstance(quantizers[1], Uniform)
-        return tuple(128 if right and at == 1 else 0 for at in range(len(quantizers)))
+        return tuple(
+            128 if right and at == 1 else highest_code(quantizer.bits) - 255 if _saturates(quantizer, operand.role) else 0
+            for at, (quantizer, operand) in enumerate(zip(quantizers, layer.activations, strict=True))
+        )
 
     def _quantize(self, value: ir.Value, quantizer: IntegerQuantizer, role: str, less: int) -> ir.Value:
         """The integers of a tensor, made at its first reader."""
@@ -105,7 +109,7 @@ class _Lowering:
                 codes = self._logarithmic(value, quantizer)
             else:
                 codes = self._tape.op("QuantizeLinear", [value, *self._affine(quantizer.scale, quantizer.zero_point, less)])
-                if not _stays_below(quantizer, role):
+                if less >= 0 and not _stays_below(quantizer, role):
                     codes = self._tape.op("Clip", [codes, None, self._constant(_code(highest_code(quantizer.bits), less))])
             self._codes[value, quantizer, less] = codes
         return self._codes[value, quantizer, less]
@@ -141,11 +145,13 @@ class _Lowering:
         output = self._tape.op("Add", [output, self._constant(values.reshape(1, 1, -1))])
         return self._tape.op("Squeeze", [output, self._constant(np.array([0]))]) if rank == 2 else output
 
-    def _convolution(self, layer: Layer, codes: ir.Value, quantizer: IntegerQuantizer, bias: Sequence[ir.Value], node: ir.Node) -> ir.Value:
+    def _convolution(
+        self, layer: Layer, codes: ir.Value, quantizer: IntegerQuantizer, less: int, bias: Sequence[ir.Value], node: ir.Node
+    ) -> ir.Value:
         weight = self._checkpoint.weights[layer.name]
         scale = weight.scale.cpu().numpy().reshape(-1, *[1] * (weight.codes.dim() - 1)) * np.float32(quantizer.scale)
         x = self._tape.op("Cast", [codes], {"to": ir.DataType.FLOAT})
-        x = self._tape.op("Sub", [x, self._constant(np.float32(quantizer.zero_point))])
+        x = self._tape.op("Sub", [x, self._constant(np.float32(quantizer.zero_point - less))])
         integers = self._tape.op("Cast", [self._integers(weight, transposed=False)], {"to": ir.DataType.FLOAT})
         attributes = {name: attribute for name, attribute in node.attributes.items() if name != "layer"}
         return self._tape.op("Conv", [x, self._tape.op("Mul", [integers, self._constant(scale)]), *bias], attributes, name=layer.name)
@@ -173,7 +179,7 @@ class _Lowering:
 
 
 def _code(code: int, less: int) -> np.uint8 | np.int8:
-    return np.int8(code - less) if less else np.uint8(code)
+    return np.int8(code - less) if less > 0 else np.uint8(code - less)
 
 
 def integer_quantizer(checkpoint: Checkpoint, operand: Operand) -> IntegerQuantizer:
@@ -196,6 +202,17 @@ def _stays_below(quantizer: IntegerQuantizer, role: str) -> bool:
     highest = highest_code(quantizer.bits)
     bounded = role == "post_softmax" and np.rint(np.float32(1) / np.float32(quantizer.scale)) + quantizer.zero_point <= highest
     return quantizer.bits == 8 or bool(bounded)
+
+
+def _saturates(quantizer: IntegerQuantizer, role: str) -> bool:
+    """Whether codes can exceed 2^bits - 1 and none can be below 0, so that the upper end of uint8 does what a Clip would."""
+    if not isinstance(quantizer, Uniform) or role not in _LOWEST or _stays_below(quantizer, role):
+        return False
+    return bool(np.rint(np.float32(_LOWEST[role]) / np.float32(quantizer.scale)) + quantizer.zero_point >= 0)
+
+
+_LOWEST = {"post_gelu": -0.1701, "post_softmax": 0.0}
+"""What values cannot fall below, by the role of an operand."""
 
 
 def _shape(value: ir.Value) -> ir.Shape:

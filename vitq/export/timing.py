@@ -16,16 +16,18 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from vitq.affine import QuantizedWeight, highest_code
+from vitq.affine import QuantizedWeight, highest_code, weight_codes
 from vitq.artifacts import BitPlan, Bits, Layer, LayerBits, ModelSpec
 from vitq.checkpoint import Checkpoint
 from vitq.export.factors import fold_numbers
 from vitq.export.finish import finish_file
 from vitq.export.lowering import lower
 from vitq.export.split import split_linears
+from vitq.export.storage import Storage
 from vitq.export.trace import DOMAIN, OPSET, trace_graph
 from vitq.graph import Graph
 from vitq.quantizers import LogGrid, Quantizer, Uniform
+from vitq.runtime import INT8_ALLOWED
 
 _IR_VERSION = 10  # of OPSET
 
@@ -69,8 +71,13 @@ def timing_files(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> tuple[
         LayerFile(tuple(names), _finished(alone[kind], checkpoint), tuple(operand.shape for operand in layers[names[0]].activations))
         for kind, names in kinds.items()
     ]
-    whole = fold_numbers(split_linears(checkpoint)[0])
-    return _finished(trace_graph(whole.graph), whole), files
+    return whole_file(checkpoint), files
+
+
+def whole_file(checkpoint: Checkpoint, storage: Storage = "fast", attention_int8: bool = False) -> bytes:
+    """The file of a checkpoint as `export` makes it (opset 21, dynamic batch), but unverified."""
+    written = fold_numbers(split_linears(checkpoint)[0])
+    return _finished(trace_graph(written.graph), written, storage, attention_int8)
 
 
 def nothing() -> bytes:
@@ -81,15 +88,17 @@ def nothing() -> bytes:
     return model.SerializeToString()
 
 
-def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> Checkpoint:
-    """A checkpoint whose weights are 8-bit noise and whose activations span [-4, 4], or most of what a softmax gives."""
+def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits, weight_bits: Bits = 8) -> Checkpoint:
+    """A checkpoint whose weights are noise and whose activations span [-4, 4], or most of what a softmax gives."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for layer in graph.layers:
         if layer.has_weight:
-            codes = torch.randint(64, 193, layer.operands[1].shape, generator=generator).to(torch.uint8)
-            scale = torch.full((layer.channels,), 1 / (64 * (layer.parameters / layer.channels) ** 0.5))
-            weights[layer.name] = QuantizedWeight(codes, scale, torch.full((layer.channels,), 128, dtype=torch.uint8), 8)
+            lowest, highest = weight_codes(weight_bits)
+            codes = torch.randint(lowest, highest + 1, layer.operands[1].shape, generator=generator).to(torch.uint8)
+            scale = torch.full((layer.channels,), 2 / ((highest - lowest) * (layer.parameters / layer.channels) ** 0.5))
+            zero_point = torch.full((layer.channels,), 2 ** (weight_bits - 1), dtype=torch.uint8)
+            weights[layer.name] = QuantizedWeight(codes, scale, zero_point, weight_bits)
     highest = highest_code(activation_bits)
     plain, softmax, octave = (float(torch.tensor(value)) for value in (8.0 / highest, 0.9 / 255, 0.7))
     logarithmic = activation_bits < 8
@@ -101,7 +110,7 @@ def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> Checkpoint:
         for operand in layer.activations
     }
     entries = [
-        LayerBits(name=layer.name, type=layer.type, weight_bits=8 if layer.has_weight else None, activation_bits=activation_bits)
+        LayerBits(name=layer.name, type=layer.type, weight_bits=weight_bits if layer.has_weight else None, activation_bits=activation_bits)
         for layer in graph.layers
     ]
     return Checkpoint(graph, BitPlan(model=spec, layers=tuple(entries)), weights, activations)
@@ -130,6 +139,6 @@ def _alone(layer: Layer, node: ir.Node) -> ir.Model:
     return ir.Model(graph, ir_version=_IR_VERSION)
 
 
-def _finished(model: ir.Model, checkpoint: Checkpoint) -> bytes:
-    layers = lower(model, checkpoint, "fast")
-    return finish_file(model, layers, checkpoint).SerializeToString()
+def _finished(model: ir.Model, checkpoint: Checkpoint, storage: Storage = "fast", attention_int8: bool = False) -> bytes:
+    layers = lower(model, checkpoint, storage, attention_int8)
+    return finish_file(model, layers, checkpoint, INT8_ALLOWED if attention_int8 else {}).SerializeToString()
