@@ -279,7 +279,9 @@ def test_what_is_bounded_below_needs_no_clip(zero_point: int, clips: bool, tmp_p
     checkpoint = make_checkpoint(small_vit(), weight=8, activation=4)
     tensors = {layer.operands[0].tensor for layer in checkpoint.graph.layers if layer.operands[0].role == "post_gelu"}
     assert tensors
-    activations = {tensor: Uniform(0.125, zero_point, 4) if tensor in tensors else given for tensor, given in checkpoint.activations.items()}
+    activations = {
+        tensor: Uniform(0.125, zero_point, 4) if tensor in tensors else given for tensor, given in checkpoint.activations.items()
+    }
     checkpoint = replace(checkpoint, activations=activations)
     path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
     assert export(checkpoint, path, [images]).code_mismatch == 0

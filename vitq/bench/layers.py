@@ -1,25 +1,29 @@
 """A model's latency layer by layer, measured here, before any plan is calibrated: what `--budget latency=4.0ms` is reckoned with.
 
-    layer at its widths  =  median of the layer as a file of its own  -  median of a file without ops
-    rest                 =  median of the whole model at 8 bits       -  the sum of its layers at 8 bits
+    alone                    =  median of the layer as a file of its own  -  median of a file without ops
+    layer at 8 bits          =  alone at 8 bits
+    rest                     =  median of the whole model at 8 bits  -  the sum of its layers
+    layer below 8 bits       =  layer at 8 bits + r max(0, alone below 8 bits - alone at 8 bits)
+    r                        :  the rest and all layers below 8 bits sum to the median of that whole model
 
 All files run in turn. A layer is timed once for each kind (equal ops and shapes) and each form that its widths take in onnxruntime: integer
-kernels compute in 8 bits whatever the width, so the weight's width does not matter, and an activation below 8 bits costs a Clip. A
-latency budget therefore moves little between the widths; it is above all a promise that is checked. The whole model with all
-activations below 8 bits is measured too and tells how well the sum predicts.
-
-Left out: a tensor that several layers read is quantized once in a real file, but counted with each of them; the rest evens that out at
-8 bits. Files that were measured alone find their weights in the cache more often than within a model; that is in the rest too.
+kernels compute in 8 bits whatever the width, so the weight's width does not matter, and an activation below 8 bits costs a Clip, a softmax
+its logarithm. A latency budget therefore moves little between the widths; it is above all a promise that is checked. Layers that were
+measured alone say how the price of narrow activations is shared out, whole models how high it is: alone it comes out far too high, since
+a tensor that several layers read is quantized once in a real file, and a softmax in front is computed as its logarithm at no cost. A
+third model, every other block of it below 8 bits, tells how well the sums predict.
 """
 
 from importlib.metadata import version
+
+import numpy as np
 
 from vitq import __version__
 from vitq.artifacts import WIDTHS, Bits, ModelSpec
 from vitq.bench.compare import noise
 from vitq.bench.latency import call, interleaved
 from vitq.errors import InputError
-from vitq.export.timing import LayerFile, nothing, timing_files
+from vitq.export.timing import LayerFile, made_up, nothing, timing_files, whole_file
 from vitq.graph import Graph, capture
 from vitq.latency import LatencyTable, Timing
 from vitq.models import build
@@ -27,7 +31,9 @@ from vitq.processor import processor
 from vitq.rewrites import fold_layernorms, rewrite
 from vitq.runtime import open_session
 
-FORMS: dict[Bits, tuple[Bits, ...]] = {8: (8,), 4: (2, 3, 4, 5, 6, 7)}
+WIDE: Bits = 8
+NARROW: Bits = 4
+FORMS: dict[Bits, tuple[Bits, ...]] = {WIDE: (8,), NARROW: (2, 3, 4, 5, 6, 7)}
 """The activation widths that are measured, and those that each stands for."""
 
 
@@ -41,38 +47,70 @@ def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None 
         rounds: timed runs of each file; None for as many as `latency.SECONDS` allow.
 
     Returns:
-        The table; its `made_from["whole_ms"]` has the whole model's measured and predicted milliseconds by width.
+        The table; its `made_from["whole_ms"]` has the milliseconds of whole models: at 8 bits and below, as measured, and of the one whose
+        every other block is below, measured and predicted.
 
     Raises:
         InputError: this torch and timm build another graph than the profile has, or one that cannot be exported.
     """
     graph = graph_of(spec)
     forms: dict[Bits, tuple[bytes, list[LayerFile]]] = {bits: timing_files(graph, spec, bits) for bits in FORMS}
+    mixed = every_other_block_narrow(graph)
+    wholes = [forms[WIDE][0], forms[NARROW][0], whole_file(made_up(graph, spec, mixed))]
     runs = [call(open_session(nothing(), threads), [noise((1,))])]
-    for whole, alone in forms.values():
-        runs.append(call(open_session(whole, threads), [noise((batch, *graph.input_shape))]))
-        runs += [
-            call(open_session(file.content, threads), [noise((batch * shape[0], *shape[1:])) for shape in file.shapes]) for file in alone
-        ]
-    medians = iter([found.median_ms for found in interleaved(runs, rounds)])
-    overhead = next(medians)
-    wholes: dict[Bits, float] = {}
-    timings: dict[Bits, list[Timing]] = {}
-    for bits, (_, alone) in forms.items():
-        wholes[bits] = next(medians)
-        timings[bits] = [_timing(file, graph, FORMS[bits], max(0.0, next(medians) - overhead)) for file in alone]
-    sums = {bits: sum(timing.ms * len(timing.layers) for timing in found) for bits, found in timings.items()}
-    rest = wholes[8] - sums[8]
-    checked = {str(bits): {"measured": round(wholes[bits], 6), "predicted": round(rest + sums[bits], 6)} for bits in forms}
+    runs += [call(open_session(whole, threads), [noise((batch, *graph.input_shape))]) for whole in wholes]
+    runs += [
+        call(open_session(file.content, threads), [noise((batch * shape[0], *shape[1:])) for shape in file.shapes])
+        for _, alone in forms.values()
+        for file in alone
+    ]
+    overhead, wide, narrow, measured, *medians = (found.median_ms for found in interleaved(runs, rounds))
+    kinds = forms[WIDE][1]  # the kinds of layers are the same, in the same order, in every form
+    at_wide, at_narrow = (np.maximum(0, np.array(part) - overhead) for part in (medians[: len(kinds)], medians[len(kinds) :]))
+    counts = np.array([len(file.layers) for file in kinds])
+    at_narrow = at_wide + shared_out(narrow - wide, at_narrow - at_wide, counts)
+    rest = wide - float(counts @ at_wide)
+    milliseconds: dict[Bits, np.ndarray] = {WIDE: at_wide, NARROW: np.maximum(0, at_narrow)}
+    of_layer = {(name, bits): float(ms[at]) for bits, ms in milliseconds.items() for at, file in enumerate(kinds) for name in file.layers}
+    predicted = rest + sum(of_layer[name, bits] for name, bits in mixed.items())
     return LatencyTable(
         architecture=spec.architecture,
         graph_digest=spec.graph_digest,
         batch=batch,
         threads=threads,
         rest_ms=round(rest, 6),
-        timings=tuple(timing for found in timings.values() for timing in found),
-        made_from={"processor": processor().name, "versions": _versions(), "whole_ms": checked},
+        timings=tuple(
+            _timing(file, graph, FORMS[bits], float(ms[at])) for bits, ms in milliseconds.items() for at, file in enumerate(kinds)
+        ),
+        made_from={
+            "processor": processor().name,
+            "versions": _versions(),
+            "whole_ms": {
+                "8": round(wide, 6),
+                "below": round(narrow, 6),
+                "mixed": {"measured": round(measured, 6), "predicted": round(predicted, 6)},
+            },
+        },
     )
+
+
+def shared_out(extra: float, alone: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """What each kind of layer takes more below 8 bits, (kinds,), in the proportions that they show alone.
+
+    Args:
+        extra: what the whole model takes more.
+        alone: what each kind takes more as a file of its own, (kinds,); where it is less, that is noise, and counts as none.
+        counts: layers of each kind, (kinds,).
+    """
+    alone = np.maximum(0, alone)
+    total = float(counts @ alone)
+    return alone * (extra / total) if total else np.zeros_like(alone)
+
+
+def every_other_block_narrow(graph: Graph) -> dict[str, Bits]:
+    """Activation widths by layer: those of every other block below 8 bits."""
+    at = {block: index for index, block in enumerate(dict.fromkeys(layer.block for layer in graph.layers))}
+    return {layer.name: NARROW if at[layer.block] % 2 else WIDE for layer in graph.layers}
 
 
 def graph_of(spec: ModelSpec) -> Graph:

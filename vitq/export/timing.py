@@ -9,6 +9,7 @@ beside its layers.
 Leaves out: verification, and anything about accuracy.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +89,11 @@ def nothing() -> bytes:
     return model.SerializeToString()
 
 
-def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits, weight_bits: Bits = 8) -> Checkpoint:
-    """A checkpoint whose weights are noise and whose activations span [-4, 4], or most of what a softmax gives."""
+def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits | Mapping[str, Bits], weight_bits: Bits = 8) -> Checkpoint:
+    """A checkpoint whose weights are noise and whose activations span [-4, 4], or most of what a softmax gives.
+
+    `activation_bits` is one width for all layers or one for each by name; where readers of one tensor differ, the last one's holds.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for layer in graph.layers:
@@ -99,21 +103,22 @@ def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits, weight_bits: B
             scale = torch.full((layer.channels,), 2 / ((highest - lowest) * (layer.parameters / layer.channels) ** 0.5))
             zero_point = torch.full((layer.channels,), 2 ** (weight_bits - 1), dtype=torch.uint8)
             weights[layer.name] = QuantizedWeight(codes, scale, zero_point, weight_bits)
-    highest = highest_code(activation_bits)
-    plain, softmax, octave = (float(torch.tensor(value)) for value in (8.0 / highest, 0.9 / 255, 0.7))
-    logarithmic = activation_bits < 8
-    of_softmax = LogGrid(softmax, octave, 0, activation_bits) if logarithmic else Uniform(softmax, 0, activation_bits)
-    of_others = Uniform(plain, 2 ** (activation_bits - 1), activation_bits)
-    activations: dict[str, Quantizer] = {
-        operand.tensor: of_softmax if operand.role == "post_softmax" else of_others
-        for layer in graph.layers
-        for operand in layer.activations
+    bits: dict[str, Bits] = {
+        layer.name: activation_bits[layer.name] if isinstance(activation_bits, Mapping) else activation_bits for layer in graph.layers
     }
+    activations = {operand.tensor: _quantizer(operand.role, bits[layer.name]) for layer in graph.layers for operand in layer.activations}
     entries = [
-        LayerBits(name=layer.name, type=layer.type, weight_bits=weight_bits if layer.has_weight else None, activation_bits=activation_bits)
+        LayerBits(name=layer.name, type=layer.type, weight_bits=weight_bits if layer.has_weight else None, activation_bits=bits[layer.name])
         for layer in graph.layers
     ]
     return Checkpoint(graph, BitPlan(model=spec, layers=tuple(entries)), weights, activations)
+
+
+def _quantizer(role: str, bits: Bits) -> Quantizer:
+    plain, softmax, octave = (float(torch.tensor(value)) for value in (8.0 / highest_code(bits), 0.9 / 255, 0.7))
+    if role == "post_softmax":
+        return LogGrid(softmax, octave, 0, bits) if bits < 8 else Uniform(softmax, 0, bits)
+    return Uniform(plain, 2 ** (bits - 1), bits)
 
 
 def _kind(layer: Layer, node: ir.Node) -> Any:
