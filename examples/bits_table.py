@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vitq.accuracy import evaluate, onnx_runnable
 from vitq.allocation import allocate
 from vitq.calibration import calibrate
-from vitq.evaluate import evaluate, onnx_runnable
-from vitq.export import export
 from vitq.images import open_images
 from vitq.importance import profile
 from vitq.models import load
+from vitq.onnx_file import export
 
 PLANS = ["uniform=8", "uniform=6", "uniform=4", "4.0", "like=4", "3.5", "uniform=3", "3.0", "like=3", "uniform=2", "2.5"]
 

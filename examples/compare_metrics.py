@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from vitq.accuracy import onnx_runnable
 from vitq.allocation import allocate
 from vitq.artifacts import BitPlan, Profile
 from vitq.calibration.fast import fit_fast
-from vitq.evaluate import onnx_runnable
-from vitq.export import export
 from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.graph import Graph
 from vitq.images import Images, open_images
 from vitq.importance import METRICS, profile
 from vitq.models import load
+from vitq.onnx_file import export
 from vitq.ranges import Histogram
 from vitq.rewrites import prepare
 

@@ -16,10 +16,10 @@ import torch
 from vitq.artifacts import ModelSpec
 from vitq.bench import compare, footprint
 from vitq.bench.baselines import write_baselines
-from vitq.export.kernels import integer_layers
-from vitq.export.timing import made_up, whole_file
 from vitq.graph import capture
 from vitq.models import LoadedModel, build
+from vitq.onnx_file.kernels import integer_layers
+from vitq.onnx_file.timing import made_up, whole_file
 from vitq.rewrites import fold_layernorms, rewrite
 
 SHAPE = (3, 224, 224)

@@ -20,8 +20,8 @@ from timm.layers.config import set_fused_attn
 from vitq.artifacts import BitPlan, LayerBits
 from vitq.calibration.fast import calibrate_fast
 from vitq.errors import VitqError
-from vitq.export import export
 from vitq.models import LoadedModel
+from vitq.onnx_file import export
 from vitq.rewrites import prepare
 
 # name shown -> (timm model, arguments). Where the smallest variant is too large for a test, its depth or its image is reduced: the ops

@@ -26,8 +26,8 @@ FLOORS = (
     ("models", "graph", "quantizers", "runtime"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
-    ("checkpoint", "evaluate", "fitting"),
-    ("importance", "allocation", "calibration", "export"),
+    ("checkpoint", "accuracy", "fitting"),
+    ("importance", "allocation", "calibration", "onnx_file"),
     ("trials", "bench", "doctor", "finetune", "synthesize"),
     ("report",),
     ("cli",),
@@ -43,10 +43,10 @@ LIBRARIES = {
     "highspy": {"allocation"},
     "matplotlib": {"allocation"},
     "jinja2": {"report"},
-    "onnx": {"export"},
-    "onnxscript": {"export"},
-    "onnx_ir": {"export"},
-    "onnxruntime": {"runtime", "export", "bench"},
+    "onnx": {"onnx_file"},
+    "onnxscript": {"onnx_file"},
+    "onnx_ir": {"onnx_file"},
+    "onnxruntime": {"runtime", "onnx_file", "bench"},
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
@@ -169,8 +169,12 @@ def test_source_keeps_the_rules():
         ("vitq/affine.py", "from vitq.images import read", "vitq/affine.py:1: affine imports vitq.images, which is not on a floor below"),
         ("vitq/affine.py", "from vitq import cli", "affine imports vitq.cli, which is not on a floor below"),
         ("vitq/affine.py", "x = 1\n\ndef f():\n    from .graph import capture", "vitq/affine.py:4: affine imports vitq.graph"),
-        ("vitq/export/storage.py", "from ..calibration import fast", "export imports vitq.calibration, which is not on a floor below"),
-        ("vitq/export/storage.py", "import importlib\nimportlib.import_module('vitq.cli')", "storage.py:2: export imports vitq.cli"),
+        (
+            "vitq/onnx_file/storage.py",
+            "from ..calibration import fast",
+            "onnx_file imports vitq.calibration, which is not on a floor below",
+        ),
+        ("vitq/onnx_file/storage.py", "import importlib\nimportlib.import_module('vitq.cli')", "storage.py:2: onnx_file imports vitq.cli"),
         ("vitq/graph/layers.py", "from vitq import allocate", "graph imports vitq.allocate; import from the module that defines it"),
         ("vitq/graph/layers.py", "import vitq", "graph imports vitq itself"),
         ("vitq/tools.py", "", "vitq/tools.py:1: tools has no floor"),
@@ -181,8 +185,8 @@ def test_source_keeps_the_rules():
         ("vitq/artifacts.py", "from torch import Tensor", "artifacts imports torch"),
         ("vitq/graph/layers.py", "import timm", "graph imports timm, which is allowed in: images, models"),
         ("vitq/trials/refine.py", "import highspy", "trials imports highspy, which is allowed in: allocation"),
-        ("vitq/evaluate.py", "import onnx", "evaluate imports onnx, which is allowed in: export"),
-        ("vitq/calibration/fast.py", "import onnxruntime", "which is allowed in: bench, export, runtime"),
+        ("vitq/accuracy.py", "import onnx", "accuracy imports onnx, which is allowed in: onnx_file"),
+        ("vitq/calibration/fast.py", "import onnxruntime", "which is allowed in: bench, onnx_file, runtime"),
         ("vitq/images.py", "from rich.progress import track", "images imports rich, which is allowed in: cli, report"),
         ("vitq/cli/app.py", "import pickle", "cli imports pickle, which is allowed in: nowhere"),
         ("vitq/cli/app.py", "import einops", "cli imports einops, which pyproject.toml does not require"),
@@ -241,6 +245,15 @@ def test_public_names_exist_and_are_no_modules():
     for name in vitq._PUBLIC:
         assert callable(getattr(vitq, name)), name
         assert name not in FLOOR, f"vitq.{name} would be hidden by the module of that name"
+
+
+def test_type_checkers_are_told_the_public_names():
+    stub = ast.parse((ROOT / "vitq" / "__init__.pyi").read_text())
+    told = {}
+    for node in stub.body:
+        if isinstance(node, ast.ImportFrom):
+            told |= {alias.asname: f"{node.module}:{alias.name}" for alias in node.names}
+    assert told == vitq._PUBLIC
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

@@ -11,10 +11,10 @@ import torch
 from cli_session import make_model
 
 import vitq.bench.latency as latency
+from vitq.accuracy import onnx_runnable
 from vitq.bench import compare, export_float, footprint, latencies, write_baselines
 from vitq.bench.latency import input_shape, interleaved
 from vitq.errors import InputError
-from vitq.evaluate import onnx_runnable
 from vitq.models import load
 from vitq.rewrites import prepare
 from vitq.runtime import open_session

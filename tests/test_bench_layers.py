@@ -15,10 +15,10 @@ import vitq.bench.layers as bench_layers
 from vitq.artifacts import ModelSpec, load_plan, load_profile
 from vitq.bench.compare import noise
 from vitq.bench.latency import Latency
-from vitq.export.kernels import INTEGER_KERNELS, optimised_graph
-from vitq.export.timing import timing_files
 from vitq.graph import Graph
 from vitq.latency import load_latency_table
+from vitq.onnx_file.kernels import INTEGER_KERNELS, optimised_graph
+from vitq.onnx_file.timing import timing_files
 from vitq.rewrites import fold_layernorms, rewrite
 from vitq.runtime import open_session
 

@@ -15,9 +15,9 @@ from cli_session import CLASSES, NUM_IMAGES, Done, environment, make_chain, make
 
 import vitq as vitq_package
 from vitq import checkpoint
+from vitq.accuracy import onnx_metadata, onnx_runnable
 from vitq.artifacts import load_plan, load_profile, save
 from vitq.errors import UsageError
-from vitq.evaluate import onnx_metadata, onnx_runnable
 from vitq.images import open_images, read_image
 from vitq.models import load
 
@@ -374,13 +374,13 @@ def test_the_python_functions_take_paths_as_text_too(session: Path):
     checkpoint.save(calibrated, str(session / "again.safetensors"))
     assert checkpoint.is_checkpoint(str(session / "again.safetensors"))
     file = str(session / "again.onnx")
-    vitq_package.export_onnx(calibrated, file, (batch for batch, _ in images))
+    vitq_package.export(calibrated, file, (batch for batch, _ in images))
     assert onnx_metadata(file)["vitq.num_classes"] == CLASSES
     batch = next(iter(images))[0]
     assert onnx_runnable(file)(batch).shape == (8, CLASSES)
     assert read_image(str(next((session / "images").rglob("*.png"))), model.data_config).shape == batch.shape[1:]
     with pytest.raises(UsageError, match="again.onnx exists already"):
-        vitq_package.export_onnx(calibrated, file, [])
+        vitq_package.export(calibrated, file, [])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from cli_session import vitq
 from vitq import doctor
 from vitq.doctor import FORMS, PATTERNS, Form, try_forms
 from vitq.errors import VerificationError
-from vitq.export.kernels import INTEGER_KERNELS
+from vitq.onnx_file.kernels import INTEGER_KERNELS
 from vitq.processor import processor
 
 ONE = (("packed", 3, 4),)

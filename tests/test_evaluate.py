@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vitq.accuracy import Estimate, Evaluation, evaluate, onnx_metadata, onnx_runnable
 from vitq.errors import InputError
-from vitq.evaluate import Estimate, Evaluation, evaluate, onnx_metadata, onnx_runnable
 
 FLOAT = onnx.TensorProto.FLOAT
 

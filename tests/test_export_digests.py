@@ -9,8 +9,8 @@ import pytest
 from export_checkpoints import make_checkpoint, random_images, small_vit
 
 from vitq.errors import InputError
-from vitq.export import export
-from vitq.export.digests import check_digests
+from vitq.onnx_file import export
+from vitq.onnx_file.digests import check_digests
 
 LAYER = "blocks.0.attn.proj"
 

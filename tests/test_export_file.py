@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from export_checkpoints import make_checkpoint, mixed, random_images, small_vit
 from torch import Tensor, nn
 
-import vitq.export.file
+import vitq.onnx_file.file
+from vitq.accuracy import onnx_runnable
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
-from vitq.evaluate import onnx_runnable
-from vitq.export import ExportReport, export
-from vitq.export.digests import check_digests
-from vitq.export.kernels import optimised_graph
+from vitq.onnx_file import ExportReport, export
+from vitq.onnx_file.digests import check_digests
+from vitq.onnx_file.kernels import optimised_graph
 from vitq.processor import processor
 from vitq.quantizers import Uniform
 from vitq.runtime import needed_options, open_session
@@ -253,7 +253,7 @@ def test_a_fixed_batch(vit: Checkpoint, exported: tuple[Path, ExportReport], tmp
 def test_a_large_model_is_two_files(
     vit: Checkpoint, exported: tuple[Path, ExportReport], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(vitq.export.file, "LARGEST", 10_000)
+    monkeypatch.setattr(vitq.onnx_file.file, "LARGEST", 10_000)
     path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
     report = export(vit, path, [images])
     parts = [path, tmp_path / "model.onnx.data"]

@@ -8,9 +8,9 @@ from export_checkpoints import make_checkpoint, mixed
 from small_models import images
 from torch import Tensor, nn
 
-from vitq.export.factors import fold_numbers
-from vitq.export.split import split_linears
 from vitq.graph import run
+from vitq.onnx_file.factors import fold_numbers
+from vitq.onnx_file.split import split_linears
 
 Cut = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 

@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from vitq.affine import QuantizedWeight, weight_codes
-from vitq.export.kernels import optimised_graph
-from vitq.export.storage import STORAGES, Storage, function_name, is_symmetric, plane_widths, stored_bytes, unpack_function, weight_tensors
+from vitq.onnx_file.kernels import optimised_graph
+from vitq.onnx_file.storage import (
+    STORAGES,
+    Storage,
+    function_name,
+    is_symmetric,
+    plane_widths,
+    stored_bytes,
+    unpack_function,
+    weight_tensors,
+)
 
 WIDTHS = range(2, 9)
 

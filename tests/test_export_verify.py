@@ -11,14 +11,14 @@ from export_checkpoints import make_checkpoint, mixed, random_images, small_vit
 from onnx import numpy_helper
 from torch import nn
 
-import vitq.export
+import vitq.onnx_file
 from vitq.checkpoint import Checkpoint
 from vitq.errors import VerificationError
-from vitq.export import export
-from vitq.export.finish import finish_file
-from vitq.export.lowering import LoweredLayer, lower
-from vitq.export.trace import trace_graph
-from vitq.export.verify import verify_file
+from vitq.onnx_file import export
+from vitq.onnx_file.finish import finish_file
+from vitq.onnx_file.lowering import LoweredLayer, lower
+from vitq.onnx_file.trace import trace_graph
+from vitq.onnx_file.verify import verify_file
 
 IMAGES = [random_images(4, (3, 32, 32))]
 Exported = tuple[onnx.ModelProto, Sequence[LoweredLayer], Checkpoint]
@@ -188,7 +188,7 @@ def test_a_file_that_does_not_verify_is_not_left_behind(monkeypatch: pytest.Monk
         one_code(file, "blocks.0.attn.proj")
         return file.model
 
-    monkeypatch.setattr(vitq.export, "finish_file", damaged)
+    monkeypatch.setattr(vitq.onnx_file, "finish_file", damaged)
     checkpoint, path = make_checkpoint(small_vit(), weight=3, activation=3), tmp_path / "model.onnx"
     if exists:
         path.write_text("the one before")

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
+from vitq.accuracy import onnx_metadata, onnx_runnable
 from vitq.artifacts import BitPlan, LayerBits
 from vitq.calibration.fast import calibrate_fast
-from vitq.evaluate import onnx_metadata, onnx_runnable
-from vitq.export import export
 from vitq.images import open_images, read_image
 from vitq.models import load
+from vitq.onnx_file import export
 from vitq.rewrites import prepare
 
 SERVE = Path(__file__).parents[1] / "examples" / "serve.py"

@@ -9,9 +9,9 @@ from families import FAMILIES, random_model
 from vitq.allocation.sizes import stored_bytes
 from vitq.artifacts import WIDTHS, BitPlan, LayerBits
 from vitq.calibration.fast import calibrate_fast
-from vitq.export import export
 from vitq.importance import rest_bytes
 from vitq.models import load
+from vitq.onnx_file import export
 from vitq.ranges import fold
 from vitq.rewrites import prepare
 

@@ -17,13 +17,13 @@ from vitq import __version__
 from vitq.artifacts import WIDTHS, BitPlan, Bits, LayerBits, ModelSpec
 from vitq.calibration.fast import calibrate_fast
 from vitq.errors import VerificationError
-from vitq.export.finish import finish_file
-from vitq.export.kernels import INTEGER_KERNELS, optimised_graph
-from vitq.export.lowering import lower
-from vitq.export.storage import Storage
-from vitq.export.trace import trace_graph
-from vitq.export.verify import verify_file
 from vitq.graph import capture
+from vitq.onnx_file.finish import finish_file
+from vitq.onnx_file.kernels import INTEGER_KERNELS, optimised_graph
+from vitq.onnx_file.lowering import lower
+from vitq.onnx_file.storage import Storage
+from vitq.onnx_file.trace import trace_graph
+from vitq.onnx_file.verify import verify_file
 from vitq.rewrites import rewrite
 
 PATTERNS = {

@@ -23,10 +23,10 @@ from vitq.artifacts import WIDTHS, Bits, ModelSpec
 from vitq.bench.compare import noise
 from vitq.bench.latency import call, interleaved
 from vitq.errors import InputError
-from vitq.export.timing import LayerFile, made_up, nothing, timing_files, whole_file
 from vitq.graph import Graph, capture
 from vitq.latency import LatencyTable, Timing
 from vitq.models import build
+from vitq.onnx_file.timing import LayerFile, made_up, nothing, timing_files, whole_file
 from vitq.processor import processor
 from vitq.rewrites import fold_layernorms, rewrite
 from vitq.runtime import open_session

@@ -131,8 +131,8 @@ def usable_cores() -> int:
 
 def _baselines(file: Path, folder: Path, reference: str | None, images: str | None, into: Path) -> dict[str, Path]:
     """The baselines of the model that a file was made from, or of the one that is given."""
+    from vitq.accuracy import onnx_metadata
     from vitq.bench import write_baselines
-    from vitq.evaluate import onnx_metadata
 
     made_from = onnx_metadata(file).get("vitq.made_from")
     made_from = made_from if isinstance(made_from, dict) else {}

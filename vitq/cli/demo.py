@@ -92,10 +92,10 @@ def _quantized(
 ) -> _Row:
     """Allocates, calibrates, exports and evaluates one plan, each into the plan's run folder."""
     from vitq import checkpoint
+    from vitq.accuracy import evaluate, onnx_runnable
     from vitq.allocation import allocate
     from vitq.calibration import calibrate
-    from vitq.evaluate import evaluate, onnx_runnable
-    from vitq.export import export
+    from vitq.onnx_file import export
 
     folder = run_dir if name == MIXED else run_dir / name.replace(" ", "-")
     terminal.note(f"{name}: allocate, calibrate, export, evaluate")
@@ -119,7 +119,7 @@ def _quantized(
 
 
 def _float(model: "LoadedModel", test: "Images") -> _Row:
-    from vitq.evaluate import evaluate
+    from vitq.accuracy import evaluate
 
     return _Row("float", flat(evaluate(model.module, test)), None)
 

@@ -27,7 +27,7 @@ from vitq.errors import GateError, InputError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitq.evaluate import Evaluation
+    from vitq.accuracy import Evaluation
     from vitq.images import Images
     from vitq.models import LoadedModel
 
@@ -81,7 +81,7 @@ def evaluate(
         return
     loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
     options.usable_device(device)
-    from vitq.evaluate import evaluate as measure
+    from vitq.accuracy import evaluate as measure
     from vitq.images import open_images
 
     subject = _open(artifact, loading, device)
@@ -155,14 +155,14 @@ def _verified(artifact: str) -> dict[str, Any]:
     """What --verify adds to the document, once every part of the file has the digest that it was exported with."""
     if not artifact.endswith(".onnx"):
         raise UsageError(f"--verify compares an ONNX file with what was exported; {artifact} is none, give a .onnx or leave --verify out")
-    from vitq.export.digests import check_digests
+    from vitq.onnx_file.digests import check_digests
 
     return {"verified": True, "parts": check_digests(artifact)}
 
 
 def _open(artifact: str, loading: LoadingOptions, device: str) -> Subject:
     from vitq import checkpoint
-    from vitq.evaluate import onnx_metadata, onnx_runnable
+    from vitq.accuracy import onnx_metadata, onnx_runnable
     from vitq.models import load
 
     path = Path(artifact)

@@ -24,7 +24,7 @@ from vitq.errors import UsageError
 from vitq.units import in_units
 
 if TYPE_CHECKING:
-    from vitq.export import ExportReport, Storage
+    from vitq.onnx_file import ExportReport, Storage
 
 
 def export(
@@ -64,7 +64,7 @@ def export(
     fixed = _fixed_batch(batch)
     options.usable_device(device)
     from vitq.checkpoint import load
-    from vitq.export import export as write
+    from vitq.onnx_file import export as write
     from vitq.runtime import INT8_ALLOWED
 
     calibrated = load(source, device)

@@ -111,7 +111,7 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
 def _read(folder: Path) -> "Findings":
     """Everything but the close-ups, which need the model."""
     from vitq import checkpoint
-    from vitq.evaluate import onnx_metadata
+    from vitq.accuracy import onnx_metadata
     from vitq.report import Benchmark, Evaluated, File, Findings
 
     present = {name for name in _FILES if (folder / name).is_file()}

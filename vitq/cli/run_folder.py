@@ -69,7 +69,7 @@ def _stale_checkpoint(calibrated: BitPlan, made_from: dict[str, Any], plan: BitP
 
 
 def _stale_onnx(path: Path, calibrated: BitPlan, made_from: dict[str, Any]) -> str | None:
-    from vitq.evaluate import onnx_metadata
+    from vitq.accuracy import onnx_metadata
 
     metadata = onnx_metadata(path)
     bits = {entry.name: [entry.weight_bits, entry.activation_bits] for entry in calibrated.layers}

@@ -115,7 +115,7 @@ def _read_json(path: Path) -> Shown:
 
 
 def _read_onnx(path: Path) -> Shown:
-    from vitq.evaluate import onnx_metadata
+    from vitq.accuracy import onnx_metadata
 
     metadata = {name.removeprefix("vitq."): value for name, value in onnx_metadata(path).items() if name.startswith("vitq.")}
     metadata.pop("digests", None)  # for evaluate --verify

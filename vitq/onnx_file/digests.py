@@ -18,7 +18,7 @@ import onnx
 
 from vitq.artifacts import refuse_missing
 from vitq.errors import InputError
-from vitq.export.file import load_file
+from vitq.onnx_file.file import load_file
 
 DIGEST, DIGESTS = "vitq.digest", "vitq.digests"
 _CHARACTERS = 8  # of base64: six bytes

@@ -20,13 +20,13 @@ import torch
 from vitq.affine import QuantizedWeight, highest_code, weight_codes
 from vitq.artifacts import BitPlan, Bits, Layer, LayerBits, ModelSpec
 from vitq.checkpoint import Checkpoint
-from vitq.export.factors import fold_numbers
-from vitq.export.finish import finish_file
-from vitq.export.lowering import lower
-from vitq.export.split import split_linears
-from vitq.export.storage import Storage
-from vitq.export.trace import DOMAIN, OPSET, trace_graph
 from vitq.graph import Graph
+from vitq.onnx_file.factors import fold_numbers
+from vitq.onnx_file.finish import finish_file
+from vitq.onnx_file.lowering import lower
+from vitq.onnx_file.split import split_linears
+from vitq.onnx_file.storage import Storage
+from vitq.onnx_file.trace import DOMAIN, OPSET, trace_graph
 from vitq.quantizers import LogGrid, Quantizer, Uniform
 from vitq.runtime import INT8_ALLOWED
 

@@ -31,9 +31,9 @@ from vitq.affine import highest_code
 from vitq.artifacts import Layer
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, VerificationError
-from vitq.export.file import runnable
-from vitq.export.lowering import LoweredLayer, integer_quantizer
 from vitq.graph import run
+from vitq.onnx_file.file import runnable
+from vitq.onnx_file.lowering import LoweredLayer, integer_quantizer
 from vitq.quantizers import IntegerQuantizer, LogGrid
 from vitq.runtime import open_session
 

@@ -16,15 +16,15 @@ from torch import Tensor
 from vitq.artifacts import refuse_existing
 from vitq.checkpoint import Checkpoint
 from vitq.errors import UsageError
-from vitq.export.factors import fold_numbers
-from vitq.export.file import data_file, folder_beside, place, store
-from vitq.export.finish import finish_file
-from vitq.export.kernels import integer_layers
-from vitq.export.lowering import lower
-from vitq.export.split import split_linears
-from vitq.export.storage import STORAGES, Storage, is_symmetric, stored_bytes
-from vitq.export.trace import OPSET, OPSETS, trace_graph
-from vitq.export.verify import verify_file
+from vitq.onnx_file.factors import fold_numbers
+from vitq.onnx_file.file import data_file, folder_beside, place, store
+from vitq.onnx_file.finish import finish_file
+from vitq.onnx_file.kernels import integer_layers
+from vitq.onnx_file.lowering import lower
+from vitq.onnx_file.split import split_linears
+from vitq.onnx_file.storage import STORAGES, Storage, is_symmetric, stored_bytes
+from vitq.onnx_file.trace import OPSET, OPSETS, trace_graph
+from vitq.onnx_file.verify import verify_file
 from vitq.runtime import INT8_ALLOWED
 
 __all__ = ["ExportReport", "Storage", "export", "stored_bytes"]

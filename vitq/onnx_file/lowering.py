@@ -25,8 +25,8 @@ from vitq.affine import QuantizedWeight, highest_code
 from vitq.artifacts import Layer, Operand
 from vitq.checkpoint import Checkpoint
 from vitq.errors import UsageError
-from vitq.export.storage import Storage, function_name, unpack_function, weight_tensors
-from vitq.export.trace import DOMAIN
+from vitq.onnx_file.storage import Storage, function_name, unpack_function, weight_tensors
+from vitq.onnx_file.trace import DOMAIN
 from vitq.quantizers import IntegerQuantizer, LogGrid, Uniform
 from vitq.quantizers.log_grid import TOP
 

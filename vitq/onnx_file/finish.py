@@ -18,9 +18,9 @@ import onnx_ir.passes.common as passes
 
 from vitq import __version__
 from vitq.checkpoint import Checkpoint
-from vitq.export.digests import sign
-from vitq.export.lowering import LoweredLayer
-from vitq.export.trace import DOMAIN
+from vitq.onnx_file.digests import sign
+from vitq.onnx_file.lowering import LoweredLayer
+from vitq.onnx_file.trace import DOMAIN
 from vitq.runtime import NEEDED, circumstances
 
 FORMAT = "vitq-onnx/1"
