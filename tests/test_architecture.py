@@ -223,7 +223,7 @@ def test_lets_good_source_pass(file: str, source: str):
 
 
 def test_reads_every_file(tmp_path: Path):
-    for name, source in {"errors.py": "", "export/onnx.py": "import onnx", "deep/er/still.py": ""}.items():
+    for name, source in {"errors.py": "", "onnx_file/onnx.py": "import onnx", "deep/er/still.py": ""}.items():
         file = tmp_path / "vitq" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source)
