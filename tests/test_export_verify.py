@@ -9,6 +9,7 @@ import pytest
 import torch
 from export_checkpoints import make_checkpoint, mixed, random_images, small_vit
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import vitq.onnx_file
@@ -179,6 +180,26 @@ def test_a_fault_behind_the_last_layer_is_caught() -> None:
     file.change(file.maker("output"), 1, lambda factor: factor * np.float32(1.001))
     with pytest.raises(VerificationError, match="^the ops behind the last layer: given the same layer outputs, the output differs by"):
         verify_file(file.model, layers, checkpoint, IMAGES)
+
+
+def test_what_another_reader_makes_of_a_small_file_is_compared_too(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers, checkpoint = exported
+    layer = next(layer for layer in layers if layer.layer.name == "blocks.1.mlp.fc1")
+
+    class Misreader(ReferenceEvaluator):
+        def run(self, names: Sequence[str] | None, feed: dict[str, np.ndarray], **others: object) -> list[np.ndarray]:  # type: ignore[override]
+            found = super().run(names, feed, **others)  # type: ignore[arg-type]
+            return [
+                value + 1 if name == f"-{layer.output.name}" else value
+                for name, value in zip(names or [""] * len(found), found, strict=True)
+            ]
+
+    verify_file(model, layers, checkpoint, IMAGES)
+    monkeypatch.setattr("vitq.onnx_file.verify.ReferenceEvaluator", Misreader)
+    with pytest.raises(VerificationError, match=r"^layer blocks.1.mlp.fc1: given the same codes, its output differs by 1"):
+        verify_file(model, layers, checkpoint, IMAGES)
+    monkeypatch.setattr("vitq.onnx_file.verify.SMALL", 0)
+    verify_file(model, layers, checkpoint, IMAGES)
 
 
 @pytest.mark.parametrize("exists", [False, True])

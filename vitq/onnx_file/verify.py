@@ -9,7 +9,8 @@ replaced by onnxruntime's. Every layer is thus judged on the same input:
 3. the graph's output, from the float ops behind the last layers, must be onnxruntime's.
 
 This is done twice: with outputs visible, and with codes alone, where onnxruntime is free to fuse an output with the next codes, and 1
-and 3 are judged on the outputs that 2 computes. Last, the file as it is: its outputs must lie as close to the fake-quantized model's
+and 3 are judged on the outputs that 2 computes. A small file goes through onnx's reference evaluator as well: it must mean the same to
+whoever reads ONNX by the letter. Last, the file as it is: its outputs must lie as close to the fake-quantized model's
 as two runs do that part at a tie.
 
 Leaves out: accuracy; see evaluate.
@@ -25,6 +26,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from vitq.affine import highest_code
@@ -48,6 +50,8 @@ MISMATCH = 1e-4
 """The fraction of a layer's codes that may differ beyond ties, by one step."""
 ROUNDING = 1e-5
 """What float32 may add to a layer's output, of its largest sum of products; a float kernel's long sums cancel to some 1e-6."""
+SMALL = 3e8
+"""MACs an image up to which the reference evaluator, numpy, takes a part of a second."""
 IMAGES = 4
 """Images on which every layer is compared; the output is compared on all."""
 PARTED = 1.5
@@ -90,6 +94,7 @@ def verify_file(
     device = next(iter(checkpoint.graph.module.parameters())).device
     session = partial(_session, folder=folder, needed=needed or {})
     plain = session(model)
+    small = sum(layer.macs for layer in checkpoint.graph.layers) <= SMALL
     quantized = calibrated.quantized_module()
     comparisons = [_LayerComparison(model, layers, checkpoint, session, outputs_visible) for outputs_visible in (True, False)]
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 where any number of images will do
@@ -99,6 +104,8 @@ def verify_file(
             for part in batch.split(fixed) if fixed else batch[: IMAGES - images].split(2):  # few at a time: all activations are kept
                 for comparison in comparisons:
                     comparison.compare(part.to(device))
+                if small and images == 0:
+                    _compare_by_the_letter(model, layers, checkpoint, part.to(device))
         output = torch.from_numpy(plain.run(None, {"images": _array(batch)})[0])
         with torch.no_grad():
             expected, unquantized = quantized(batch.to(device)).cpu(), calibrated.graph.module(batch.to(device)).cpu()
@@ -115,6 +122,13 @@ def verify_file(
             f"itself changes ({quantization_error**0.5:.3g}), although every layer agrees. {_REPORT}"
         )
     return Agreement(100 * agreeing / images, sum(c.mismatched for c in comparisons) / max(sum(c.compared for c in comparisons), 1))
+
+
+def _compare_by_the_letter(model: onnx.ModelProto, layers: Sequence[LoweredLayer], checkpoint: Checkpoint, images: Tensor) -> None:
+    try:
+        _LayerComparison(model, layers, checkpoint, ReferenceEvaluator, outputs_visible=True).compare(images)
+    except NotImplementedError:
+        return  # an op between the layers that the reference evaluator does not have
 
 
 def _session(model: onnx.ModelProto, folder: Path | None, needed: Mapping[str, str]) -> onnxruntime.InferenceSession:
@@ -149,7 +163,7 @@ class _LayerComparison:
         model: onnx.ModelProto,
         layers: Sequence[LoweredLayer],
         checkpoint: Checkpoint,
-        session: Callable[[onnx.ModelProto], onnxruntime.InferenceSession],
+        runtime: Callable[[onnx.ModelProto], onnxruntime.InferenceSession | ReferenceEvaluator],
         outputs_visible: bool,
     ) -> None:
         self._layers, self._checkpoint, self._outputs_visible = layers, checkpoint, outputs_visible
@@ -163,13 +177,13 @@ class _LayerComparison:
             visible.graph.node.extend(onnx.helper.make_node("Neg", [name], [_NEGATED + name]) for name in outputs)
             self._names += [_NEGATED + name for name in outputs]
         visible.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names[1:])
-        self._session = session(visible)
+        self._runtime = runtime(visible)
         self.compared = self.mismatched = 0
 
     def compare(self, images: Tensor) -> None:
         """Compares every layer on images (B, 3, H, W), all of whose activations are kept."""
         graph = self._checkpoint.graph
-        arrays = self._session.run(self._names, {"images": _array(images)})
+        arrays = self._runtime.run(self._names, {"images": _array(images)})
         found = {name: torch.from_numpy(array).to(images.device) for name, array in zip(self._names, arrays, strict=True)}
         intercepts = {graph.nodes[layer.layer.name]: self._intercept(layer, found) for layer in self._layers}
         with torch.no_grad():
