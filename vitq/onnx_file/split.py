@@ -99,7 +99,7 @@ def _cuts(node: Node, numel: int, part: Node | None = None) -> Iterator[Node | N
 def _part(linear: Node, value: Node, positions: Tensor) -> _Part | None:
     found = carry(linear, positions, value)
     channels = positions.shape[-1]
-    if found is None or found.dim() < 2 or found.shape[0] != positions.shape[0]:
+    if found is None or not found.numel() or found.dim() < 2 or found.shape[0] != positions.shape[0]:
         return None
     token, channel = found.long() // channels, found.long() % channels
     rows = channel.unique()
