@@ -96,6 +96,17 @@ class WholeToo(Attention):
         return self.head(attended.transpose(1, 2).flatten(2).mean(1)) + qkv.sigmoid().mean((1, 2))[:, None]
 
 
+class EmptyToo(Attention):
+    """A slice of nothing, as prefix tokens that a model could have and has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x).flatten(2).transpose(1, 2)
+        qkv = self.qkv(x)
+        q, k, v = self.cut(qkv)
+        attended = (q * self.factor @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.head(torch.cat([qkv[:, :, :0], attended.transpose(1, 2).flatten(2)], -1).mean(1))
+
+
 def overlapping(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parts = [x[..., at : at + 16].unflatten(-1, (2, 8)).transpose(1, 2) for at in (0, 8, 32)]
     return parts[0], parts[1], parts[2]
@@ -106,7 +117,9 @@ def rolled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "model", [WholeToo(heads_inside), Attention(overlapping), Attention(rolled)], ids=["whole", "overlapping", "rolled"]
+    "model",
+    [WholeToo(heads_inside), EmptyToo(heads_inside), Attention(overlapping), Attention(rolled)],
+    ids=["whole", "empty", "overlapping", "rolled"],
 )
 def test_what_is_not_only_cut_up_stays_whole(model: nn.Module) -> None:
     checkpoint = make_checkpoint(model, weight=8, activation=8)
