@@ -9,14 +9,14 @@ import torch
 from cli_session import CLASSES, make_model, vitq
 from PIL import Image
 from safetensors import safe_open
-from small_models import captured, images, timm_model
+from small_models import ThreeProjections, Tokens, captured, captured_module, images, timm_model
 
 from vitq import synthesize as room
 from vitq.artifacts import load_profile
 from vitq.errors import InputError, UsageError
 from vitq.graph import capture, values_at
 from vitq.images import open_images
-from vitq.models import LoadedModel, load
+from vitq.models import LoadedModel, build, load
 from vitq.synthesize.descent import descend, schedule
 from vitq.synthesize.entropy import MOST_PATCHES, differential_entropy, similarities
 from vitq.synthesize.objective import VARIATION, objective_of, total_variation
@@ -103,6 +103,21 @@ def test_without_attention_the_blocks_values_are_compared():
     assert graph.unfused() and {place.prefix for place in places(graph)} == {1}
     parts = objective_of(graph).parts(images(2, 32), None)
     assert parts.entropy.shape == (2,) and parts.cross_entropy.tolist() == [0, 0]
+
+
+def test_registers_are_dropped_and_attention_between_channels_is_turned():
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 4}
+    registers = captured_module(build("vit_tiny_patch16_224", small, 5), 32)
+    assert {place.prefix for place in places(registers)} == {5}
+
+    class BetweenChannels(ThreeProjections):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (part(x).unflatten(-1, (2, -1)).permute(0, 2, 3, 1) for part in (self.query, self.key, self.value))
+            return x + self.out(((q @ k.mT).softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
+
+    graph = captured_module(Tokens(BetweenChannels()), 8)
+    (place,) = places(graph)
+    assert place.channels_first and place.patches(torch.zeros(3, 2, 4, 16), 3).shape == (3, 1, 16, 4)
 
 
 def test_a_model_without_patches_is_refused():
@@ -220,6 +235,16 @@ def test_the_images_are_good_for_the_next_command(session: Path):
     done = vitq("profile", "model", "--images", images_file, "--metric", "lampq", "--fisher", "empirical", "--bits", "4,8", folder=session)
     assert done.code == 0, done.err
     assert load_profile(session / "vitq-run" / "profile.json").made_from["images"]["num_images"] == 6
+
+
+def test_show_says_what_the_file_holds(session: Path):
+    done = vitq("show", "vitq-run/images.safetensors", folder=session)
+    assert done.code == 0 and done.out.splitlines() == [
+        "images: 6 of 3 x 32 x 32, with labels",
+        "made from the model alone: 4 steps in batches of 2, seed 0",
+        "made from model: model",
+    ]
+    assert vitq("show", "vitq-run/images.safetensors", "--json", folder=session).document["num_images"] == 6
 
 
 def test_the_same_seed_makes_the_same_bytes_and_another_others(session: Path):

@@ -32,14 +32,14 @@ from vitq.graph import capture
 from vitq.models import LoadedModel
 from vitq.synthesize.descent import descend
 from vitq.synthesize.objective import Objective, objective_of
-from vitq.synthesize.pictures import framed, pixels, preprocessed, save, sheet
+from vitq.synthesize.pictures import describe, framed, pixels, preprocessed, save, sheet
 
-__all__ = ["STEPS", "Synthesis", "framed", "save", "sheet", "synthesize"]
+__all__ = ["STEPS", "Synthesis", "describe", "framed", "save", "sheet", "synthesize"]
 
 STEPS = 1000
 """The paper's, of both stages together."""
 
-_TRIED = 3  # steps that are timed, the first of them to warm up
+_TRIED = 5  # steps that are timed, the first of them to warm up
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def synthesize(
         num_images: how many, N.
         seed: of all that is random.
         scratch: a folder for finished batches, kept when interrupted and removed at the end.
-        max_minutes: what all of it may take; the steps are reduced to fit.
+        max_minutes: what all of it may take by the time of a few steps; where the machine gets busier, it takes longer.
         steps: of each batch, at most.
         batch_size: images that descend together.
         device: where to compute.

@@ -12,24 +12,26 @@ from vitq.errors import InputError
 from vitq.graph import Graph
 
 _FEWEST = 3  # patches that say anything about each other; class attention has one query
+_MOST_BEFORE = 9  # a class token and eight registers
 
 
 @dataclass(frozen=True)
 class Place:
     """A node whose value holds patches, and the tokens before them that are none: of a class, registers.
 
-    Its value is attention's (B windows, heads, N, C), or of tokens (B windows, N, C), or a map (B, C, H, W).
+    Its value is attention's (B windows, heads, N, C), or of tokens (B windows, N, C), or, channels first, attention's between
+    channels (B, heads, C, N) or a map (B, C, H, W).
     """
 
     node: str
-    prefix: int
+    prefix: int = 0
+    channels_first: bool = False
     is_map: bool = False
 
     def patches(self, value: Tensor, images: int) -> Tensor:
         """The patches in the node's value for so many images: (B, windows, N, C)."""
-        if self.is_map:
-            return value.flatten(2).mT[:, None]
-        tokens = value.mean(1) if value.ndim == 4 else value
+        tokens = value.flatten(2) if self.is_map else value.mean(1) if value.ndim == 4 else value
+        tokens = tokens.mT if self.channels_first else tokens
         return tokens[..., self.prefix :, :].reshape(images, -1, tokens.shape[-2] - self.prefix, tokens.shape[-1])
 
 
@@ -40,22 +42,25 @@ def places(graph: Graph) -> tuple[Place, ...]:
         InputError: there is none.
     """
     shapes = {node.name: tuple(node.meta["val"].shape) for node in graph.module.graph.nodes if hasattr(node.meta.get("val"), "shape")}
-    embedded = [shapes[graph.nodes[layer.name]] for layer in graph.layers if layer.type == "patch_embed"]
-    grids = {shape[2] * shape[3] for shape in embedded if len(shape) == 4}
+    made = [shapes[graph.nodes[layer.name]] for layer in graph.layers if layer.op == "convolution"]
+    grids = {shape[2] * shape[3] for shape in made if len(shape) == 4}
 
-    def prefix(tokens: int) -> int:
-        """The tokens beyond the grid of patches; a window has fewer than the grid, and none."""
-        return next((tokens - patches for patches in grids if 0 < tokens - patches < patches), 0)
+    def place(name: str) -> Place:
+        """Of attention or tokens: what a few tokens more than a grid say, and as many channels where the tokens are no grid."""
+        windows, *_, tokens, channels = shapes[name]
+        prefix = next((tokens - grid for grid in grids if 0 < tokens - grid <= min(_MOST_BEFORE, grid)), 0)
+        between_channels = windows == 1 and not prefix and tokens not in grids and channels in grids
+        return Place(name, prefix, channels_first=between_channels)
 
-    def streams(*, dimensions: int) -> list[str]:
+    def streams(dimensions: int) -> list[str]:
         """What enters the blocks behind the first, where it is one tensor of so many dimensions."""
         entering = [[name for name in block.inputs if name in shapes] for block in graph.blocks[1:]]
         return list(dict.fromkeys(names[0] for names in entering if len(names) == 1 and len(shapes[names[0]]) == dimensions))
 
-    attention = [graph.nodes[layer.name] for layer in graph.layers if layer.type == "av"]
-    tokens = [[Place(name, prefix(shapes[name][-2])) for name in names] for names in (attention, streams(dimensions=3))]
-    maps = [Place(name, 0, is_map=True) for name in streams(dimensions=4)]
-    for kind in (*tokens, maps):
+    attention = [place(graph.nodes[layer.name]) for layer in graph.layers if layer.type == "av"]
+    tokens = [place(name) for name in streams(3)]
+    maps = [Place(name, channels_first=True, is_map=True) for name in streams(4)]
+    for kind in (attention, tokens, maps):
         if found := [place for place in kind if _count(place, shapes[place.node]) >= _FEWEST]:
             return tuple(found)
     raise InputError("the model has neither attention nor blocks with patches to compare, so no images can be made; give real ones")
@@ -63,4 +68,4 @@ def places(graph: Graph) -> tuple[Place, ...]:
 
 def _count(place: Place, shape: tuple[int, ...]) -> int:
     """The patches of a window in a place whose value has this shape."""
-    return shape[2] * shape[3] if place.is_map else shape[-2] - place.prefix
+    return shape[2] * shape[3] if place.is_map else shape[-1 if place.channels_first else -2] - place.prefix
