@@ -150,7 +150,7 @@ def _fitted(
         (slope,) = torch.autograd.grad(wanted.loss(noise, chosen, variation), noise)
         float(slope.sum())  # waits for a device that computes behind our back
     each = (time.perf_counter() - begun) / (_TRIED - 1)
-    fitting = max(1, min(steps, int(seconds / (each * len(batches)))))
+    fitting = max(1, int(min(steps, seconds / (each * len(batches)))))
     with torch.no_grad():
         entropy = float(wanted.parts(noise, None).entropy.mean())
     kept.keep("schedule", {"steps": torch.tensor(fitting), "noise_entropy": torch.tensor(entropy, dtype=torch.float64)})

@@ -2,7 +2,7 @@
 
 Adam on x ~ N(0, 1), preprocessed, in two stages; each warms up for a fifth of its steps and falls by a cosine. Every step sees the batch
 rolled and perhaps mirrored, by at most a fifteenth of its side in the first stage and twice that in the second, and ends within
-what a picture can hold. (PSAQ-ViT, section 4.1, and its code's two stages of 500 steps.)
+what a picture can hold. (PSAQ-ViT, its code generate_data.py: two stages of 500 steps.)
 
 Differs from the paper: the rolls are stated as shares of the side, 15 and 30 pixels of 224. One rate for all architectures; the
 code's for Swin is a quarter larger.

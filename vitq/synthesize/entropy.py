@@ -1,6 +1,6 @@
 """How various an image's patches are to a model: the differential entropy of the similarities between them.
 
-For the attention outputs u_1 .. u_N of an image's patches in one layer (PSAQ-ViT, section 3.2), in nats,
+For the attention outputs u_1 .. u_N of an image's patches in one layer, in nats (PSAQ-ViT),
 
     s_ij = u_i . u_j / (|u_i| |u_j|),                            i < j, M pairs
     p(x) = 1 / (M h sqrt(2 pi)) sum_ij exp(-(x - s_ij)^2 / 2 h^2)

@@ -1,6 +1,6 @@
 """What synthetic images are to be: various to the model's attention, of a class, and as rough as photographs.
 
-    L(x) = -mean_l H_l(x) + CE(f(x), y) + w |TV(x) - v|,         averaged over the images (PSAQ-ViT, section 3.3)
+    L(x) = -mean_l H_l(x) + CE(f(x), y) + w |TV(x) - v|,         averaged over the images (PSAQ-ViT)
 
 H_l is the entropy of similarities in place l, y the prescribed class, and TV the root mean square of the differences between
 neighbouring pixels, averaged over four directions. A model without a classifier goes without CE.
