@@ -151,7 +151,7 @@ def test_an_output_that_exists(session: Path, command: tuple[str, ...], monkeypa
         (("evaluate", "model", "--images", "gone", "-o", "vitq-run/plan.json"), "gone does not exist; give a folder of images"),
         (("show", "gone.json", "-o", "vitq-run/plan.json"), "gone.json does not exist"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_missing_input_is_said_before_an_output_that_exists(session: Path, command: tuple[str, ...], gone: str):
     assert gone in refused(session, 3, *command)
@@ -185,7 +185,7 @@ def test_an_output_that_is_a_folder(session: Path):
         (("bake",), "bake"),
         (("profile", "model", "--images", "images", "--num-images", "0"), "--num-images"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_usage_errors(session: Path, arguments: tuple[str, ...], message: str):
     assert message in refused(session, 2, *arguments)

@@ -20,6 +20,7 @@ from vitq.cli.export import export
 from vitq.cli.profile import profile
 from vitq.cli.report import report
 from vitq.cli.show import show
+from vitq.cli.synthesize import synthesize
 from vitq.errors import VitqError
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, allocate, calibrate, export, evaluate, bench, report, show, doctor, demo):
+for command in (profile, allocate, calibrate, export, evaluate, bench, report, synthesize, show, doctor, demo):
     app.command()(command)
 
 

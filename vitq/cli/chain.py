@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = Path("vitq-run")
 PROFILE, PLAN, CHECKPOINT, ONNX = "profile.json", "plan.json", "model.safetensors", "model.onnx"
 EVALUATION, BENCH, LATENCY = "evaluate.json", "bench.json", "latency.json"
-STAIRCASE, REPORT = "staircase.json", "report.html"
+STAIRCASE, REPORT, IMAGES = "staircase.json", "report.html", "images.safetensors"
 
 
 class LoadingOptions(Value):

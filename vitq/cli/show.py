@@ -76,6 +76,8 @@ def _read(artifact: str, loading: LoadingOptions) -> Shown:
         rows = read_folder(path)
         stale = [f"{row['file']} was {row['stale']}" for row in rows if row["stale"]]
         return Shown({"kind": "run folder", "files": rows}, [], tables=[folder_table(rows), *map(_filled, stale)])
+    if path.suffix == ".safetensors" and (images := _images(path)) is not None:
+        return images
     from vitq import checkpoint
 
     if path.suffix == ".onnx":
@@ -112,6 +114,24 @@ def _read_json(path: Path) -> Shown:
     profile = load_profile(path)
     head = _head("profile", profile.model, profile.made_from) | {"costs": {n: t.model_dump(mode="json") for n, t in profile.costs.items()}}
     return Shown(head, layer_rows(profile.layers), profile)
+
+
+def _images(path: Path) -> Shown | None:
+    """What an images.safetensors holds; None for any other file."""
+    from vitq.synthesize import describe
+
+    found = describe(path)
+    if found is None:
+        return None
+    size = " x ".join(map(str, found["shape"]))
+    lines = [f"images: {found['num_images']} of {size}, {'with' if found['labelled'] else 'without'} labels"]
+    if how := found["made_from"].get("synthesis"):
+        lines.append(
+            f"made from the model alone: {how.get('iterations')} steps in batches of {how.get('batch_size')}, seed {how.get('seed')}"
+        )
+    if source := found["made_from"].get("model"):
+        lines.append(f"made from model: {source.get('source')}")
+    return Shown({"kind": "images"} | found, [], tables=[*map(_filled, lines)])
 
 
 def _read_onnx(path: Path) -> Shown:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vitq.units import in_minutes
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
     from vitq.images import Images
@@ -68,32 +69,47 @@ class Terminal:
 
         Gives a function that shows what comes between the passes: (work done, all of it, its name), with the time that is left.
         """
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            self.note(f"{what}: {images.num_listed} images ...")
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
         try:
-            with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
-                bar = progress.add_task(what, total=images.num_listed)
+            with self._bar(what, images.num_listed, f"{images.num_listed} images") as (progress, bar):
                 images.progress = lambda done, total: progress.update(bar, completed=done, total=total)
-                started: list[tuple[float, float]] = []
-
-                def work(done: float, whole: float, name: str) -> None:
-                    now = time.monotonic()
-                    started[:] = started or [(now, done)]
-                    rate = (done - started[0][1]) / max(now - started[0][0], 1e-9)
-                    left = f", {in_minutes((whole - done) / rate)} left" if rate > 0 else ""
-                    progress.update(bar, description=f"{what} {name}{left}", completed=round(100 * done / whole), total=100)
-
-                yield work
+                yield _work(progress, bar, what)
         finally:
             images.progress = None
             if images.skipped:
                 print(f"skipped {len(images.skipped)} of {images.num_listed} images that cannot be read:", file=sys.stderr)
                 print("\n".join(f"  {name}" for name in images.skipped), file=sys.stderr)
+
+    @contextmanager
+    def working(self, what: str, on: str) -> "Iterator[Callable[[float, float, str], None]]":
+        """As `watching`, for work that is no pass over images; `on` says for people what it is about."""
+        with self._bar(what, 100, on) as (progress, bar):
+            yield _work(progress, bar, what)
+
+    @contextmanager
+    def _bar(self, what: str, total: int, on: str) -> "Iterator[tuple[Progress, TaskID]]":
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            self.note(f"{what}: {on} ...")
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
+            yield progress, progress.add_task(what, total=total)
+
+
+def _work(progress: "Progress", bar: "TaskID", what: str) -> Callable[[float, float, str], None]:
+    """What shows (work done, all of it, its name) in a bar, with the time that is left."""
+    started: list[tuple[float, float]] = []
+
+    def work(done: float, whole: float, name: str) -> None:
+        now = time.monotonic()
+        started[:] = started or [(now, done)]
+        rate = (done - started[0][1]) / max(now - started[0][0], 1e-9)
+        left = f", {in_minutes((whole - done) / rate)} left" if rate > 0 else ""
+        progress.update(bar, description=f"{what} {name}{left}", completed=round(100 * done / whole), total=100)
+
+    return work
 
 
 def json_text(document: dict[str, Any]) -> str:

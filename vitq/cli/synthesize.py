@@ -1,0 +1,93 @@
+"""`vitq synthesize`: images made from the model alone, into images.safetensors."""
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitq import __version__
+from vitq.artifacts import refuse_existing
+from vitq.cli import options
+from vitq.cli.chain import IMAGES, LoadingOptions, ModelSource, output_path, refuse_missing_sources, run_folder
+from vitq.cli.terminal import Terminal
+from vitq.errors import UsageError
+
+
+def synthesize(
+    model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
+    num_images: Annotated[int, typer.Option("--num-images", min=1, help="How many images to make.")] = 32,
+    max_minutes: Annotated[
+        float, typer.Option("--max-minutes", help="The time that all of it may take; the steps are reduced to fit.")
+    ] = 10.0,
+    iterations: Annotated[
+        int, typer.Option("--iterations", min=1, help="Steps at most; where all fit, the seed alone decides the images.")
+    ] = 1000,
+    preview: Annotated[Path | None, typer.Option("--preview", help="Also draw all images on one sheet, a PNG.")] = None,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    img_size: options.ImgSize = None,
+    model_kwargs: options.ModelKwargs = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the noise, the classes and all else that is random.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images made together; a batch that is done is kept.")] = 8,
+    device: options.Device = "cpu",
+    run_dir: options.RunDir = None,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make calibration images from the model alone, where there are no real ones."""
+    terminal = Terminal(quiet, verbose, as_json)
+    refuse_missing_sources(model, None, arch)
+    path = output_path(output, run_folder(run_dir), IMAGES, force)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path} would not be read as images; give -o a name that ends in .safetensors")
+    if preview is not None:
+        output_path(preview, Path(), "", force)
+    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
+    options.usable_device(device)
+    from vitq.images import write_png
+    from vitq.models import load
+    from vitq.synthesize import framed, save, sheet
+    from vitq.synthesize import synthesize as make
+
+    started = time.perf_counter()
+    loaded = load(model, **loading.model_dump())
+    terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}")
+    scratch = path.with_name(f".{path.stem}.scratch")
+    with terminal.working("synthesize", f"{num_images} images") as progress:
+        made = make(loaded, num_images, seed, scratch, max_minutes, iterations, batch_size, device, progress)
+    source = ModelSource(source=loaded.source, digest=loaded.digest, options=loading)
+    how = {"num_images": num_images, "seed": seed, "iterations": made.steps, "batch_size": batch_size, "vitq": __version__}
+    made_from = {"model": source.model_dump(), "synthesis": how}
+    refuse_existing(path, force)
+    if preview is not None:
+        write_png(sheet(made.pictures), preview, force)
+    save(framed(made.pictures, loaded.data_config), made.labels, made_from, path, force)
+    document: dict[str, Any] = {
+        "output": str(path),
+        "preview": None if preview is None else str(preview),
+        "num_images": num_images,
+        "iterations": made.steps,
+        "entropy": made.entropy,
+        "noise_entropy": made.noise_entropy,
+        "agreement": made.agreement,
+        "seconds": time.perf_counter() - started,
+    }
+    classes = "" if made.agreement is None else f"; the model takes {made.agreement:.0f} % of them for the class prescribed"
+    lines = [f"{num_images} images made in {made.steps} steps a batch, {document['seconds']:.1f} s"]
+    lines += [f"entropy of patch similarities {made.entropy:.3f} nats, noise has {made.noise_entropy:.3f}{classes}"]
+    if made.steps < iterations:
+        terminal.note(f"{made.steps} of {iterations} steps fit in {max_minutes:g} minutes; --max-minutes gives more time")
+    terminal.result(document, *lines, *([] if preview is None else [f"wrote {preview}"]), f"wrote {path}")
+    terminal.next(shlex.join(["vitq", "profile", model, *_given(arch, num_classes, img_size, model_kwargs), "--images", str(path)]))
+
+
+def _given(arch: str | None, num_classes: int | None, img_size: int | None, model_kwargs: list[str] | None) -> list[str]:
+    """The options that the next command needs too, to load the same model."""
+    single = {"--arch": arch, "--num-classes": num_classes, "--img-size": img_size}
+    words = [word for option, value in single.items() if value is not None for word in (option, str(value))]
+    return [*words, *(word for text in model_kwargs or () for word in ("--model-kwargs", text))]
