@@ -252,5 +252,6 @@ def plain_sizes() -> Iterator[None]:
         patch.setattr(sizes, "UNPACK_BYTES", dict.fromkeys(sizes.UNPACK_BYTES, 0))
         patch.setattr(sizes, "NAME_BYTES", 0)
         patch.setattr(sizes, "CLIP_BYTES", 0)
+        patch.setattr(sizes, "PARTS", {})
         patch.setattr(sizes, "_container", lambda parameters, bits: bits)
         yield

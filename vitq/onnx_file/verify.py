@@ -94,7 +94,8 @@ def verify_file(
     device = next(iter(checkpoint.graph.module.parameters())).device
     session = partial(_session, folder=folder, needed=needed or {})
     plain = session(model)
-    small = sum(layer.macs for layer in checkpoint.graph.layers) <= SMALL
+    apart = any(tensor.external_data for tensor in model.graph.initializer)
+    small = not apart and sum(layer.macs for layer in checkpoint.graph.layers) <= SMALL
     quantized = calibrated.quantized_module()
     comparisons = [_LayerComparison(model, layers, checkpoint, session, outputs_visible) for outputs_visible in (True, False)]
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 where any number of images will do
