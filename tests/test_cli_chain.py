@@ -1,6 +1,7 @@
 """The commands on a tiny model: four bare ones after each other, what they remember, what they print, and `show` and `evaluate`."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from cli_session import CLASSES, NUM_IMAGES, Done, environment, make_chain, make_images, make_model, vitq
+from huggingface_hub import ModelCard
 
 import vitq as vitq_package
 from vitq import checkpoint
@@ -120,6 +122,26 @@ def test_a_file_for_one_batch_with_int8_keys_and_values(session: Path):
     assert [row["batch"] for row in rows] == [4]
     refused = vitq("bench", "--rounds", 2, folder=session)
     assert refused.code == 3 and "takes batches of 4 only; give --batch 4, or export it with a dynamic batch" in refused.err
+
+
+def test_a_model_card(session: Path):
+    done = vitq("export", "--card", "--attention-int8", "--force", folder=session)
+    assert done.code == 0, done.err
+    assert "README.md" in done.out
+    card = ModelCard.load(session / "vitq-run" / "README.md", ignore_metadata_errors=False)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("onnx", "image-classification")
+    assert f"logits of {CLASSES} classes" in card.text
+    plan = load_plan(session / "vitq-run" / "plan.json")
+    for bits in {entry.activation_bits for entry in plan.layers}:
+        weights, inputs = (sum(getattr(entry, name) == bits for entry in plan.layers) for name in ("weight_bits", "activation_bits"))
+        assert f"| {bits} | {weights} | {inputs} |" in card.text
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert 'add_session_config_entry("session.qdqisint8allowed", "1")' in snippet
+    names: dict[str, np.ndarray] = {}
+    exec(compile(snippet.replace("model.onnx", str(session / "vitq-run" / "model.onnx")), "README.md", "exec"), names)
+    assert names["output"].shape == (1, CLASSES)
+    refused = vitq("export", "--card", "-o", "vitq-run/other.onnx", folder=session)
+    assert refused.code == 2 and "README.md exists already" in refused.err
 
 
 def test_evaluate_a_model_against_itself(session: Path):

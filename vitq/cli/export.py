@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from vitq.artifacts import refuse_missing
+from vitq.artifacts import refuse_existing, refuse_missing, write_whole
 from vitq.cli import options
 from vitq.cli.chain import (
     CHECKPOINT,
@@ -43,6 +43,7 @@ def export(
     ] = False,
     opset: Annotated[int, typer.Option("--opset", help="Of ONNX, 21 to 25.")] = 21,
     batch: Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="How many images the file takes at once.")] = "dynamic",
+    card: Annotated[bool, typer.Option("--card", help="Also README.md beside the file: a model card.")] = False,
     seed: options.Seed = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = 0,
@@ -62,9 +63,13 @@ def export(
     refuse_missing_sources(None, images)
     path = output_path(output, folder, ONNX, force)
     fixed = _fixed_batch(batch)
+    card_path = path.with_name("README.md")
+    if card:
+        refuse_existing(card_path, force)
     options.usable_device(device)
     from vitq.checkpoint import load
     from vitq.onnx_file import export as write
+    from vitq.onnx_file.card import model_card
     from vitq.runtime import INT8_ALLOWED
 
     calibrated = load(source, device)
@@ -86,7 +91,11 @@ def export(
             opset=opset,
             batch=fixed,
         )
-    terminal.result(asdict(report), *_lines(report, opened.num_images), f"wrote {path}")
+    if card:
+        text = model_card(calibrated, report, path.name, INT8_ALLOWED if attention_int8 else {}, fixed)
+        write_whole(card_path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    wrote = f"wrote {path} and {card_path}" if card else f"wrote {path}"
+    terminal.result(asdict(report), *_lines(report, opened.num_images), wrote)
     if report.not_fused and storage == "standard":
         terminal.note("onnxruntime has no integer kernel for int4, and is slower there than in float32: for it, give --storage packed")
     if report.not_fused:
