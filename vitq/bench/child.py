@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+INT8_ALLOWED = {"session.qdqisint8allowed": "1"}  # as in runtime.py: no other option is taken from a file
+
 
 def main() -> None:
     """Prints one JSON line."""
     file, threads, *shape = sys.argv[1:]
     session, load_ms = load(file, int(threads), {})
-    if needed := json.loads(session.get_modelmeta().custom_metadata_map.get("vitq.session_options", "{}")):
+    asked = json.loads(session.get_modelmeta().custom_metadata_map.get("vitq.session_options", "{}"))
+    if needed := {name: value for name, value in INT8_ALLOWED.items() if asked.get(name) == value}:
         del session
         session, load_ms = load(file, int(threads), needed)
     images = np.zeros([int(size) for size in shape], np.float32)
