@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A module or package of vitq may import those of the lines below its own, and its own files; nothing on its own line.
 FLOORS = (
-    ("errors",),
+    ("errors", "choices"),
     ("artifacts",),
     ("affine", "images", "latency", "moments", "processor", "units", "weights"),
     ("models", "graph", "quantizers", "runtime"),
@@ -50,7 +50,7 @@ LIBRARIES = {
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
-    "torch": set(FLOOR) - {"errors", "artifacts", "latency", "processor", "units", "allocation"},
+    "torch": set(FLOOR) - {"errors", "choices", "artifacts", "latency", "processor", "units", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.
@@ -154,7 +154,7 @@ def loaded_by(statement: str) -> set[str]:
     script = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def test_source_keeps_the_rules():
@@ -234,6 +234,21 @@ def test_reads_every_file(tmp_path: Path):
 def test_imports_without_torch(module: str):
     heavy = {"torch", "timm", "onnx", "onnxruntime", "onnxscript"} | ({"highspy"} if module != "vitq.allocation" else set())
     assert not loaded_by(f"import {module}") & heavy
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["allocate", "--help"], ["calibrate", "--recipe", "TAB"]])
+def test_help_and_completion_load_nothing_slow(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+    """`import vitq`, `vitq --help`, the help of a command and TAB answer at once: what takes long to import is not imported."""
+    script = f"from contextlib import suppress\nfrom vitq.cli.app import main\nwith suppress(SystemExit): main({arguments})"
+    if arguments[-1:] == ["TAB"]:
+        monkeypatch.setenv("_VITQ_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", f"vitq {' '.join(arguments[:-1])} f")
+        monkeypatch.setenv("COMP_CWORD", "3")
+    loaded = loaded_by(script if arguments else "import vitq")
+    assert ("typer" in loaded) == bool(arguments)
+    slow = {"torch", "timm", "onnx", "onnxruntime", "numpy", "scipy", "highspy", "PIL", "jinja2", "huggingface_hub"}
+    slow |= {"pydantic"} if len(arguments) < 2 else set()  # typer loads it for a command's options
+    assert not loaded & slow
 
 
 def test_a_loaded_library_is_seen():

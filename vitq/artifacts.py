@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vitq.choices import FisherLabels, LrpAggregate, LrpRules, LrpTarget, SensitivityLoss
 from vitq.errors import InputError, UsageError
 
 Role = Literal["weight", "post_layernorm", "post_softmax", "post_gelu", "image", "plain"]
@@ -123,13 +124,6 @@ class CostTable(Value):
             if [len(row) for row in pair.costs] != [len(self.bits)] * len(self.bits):
                 raise ValueError(f"pair {pair.first}, {pair.second}: no table of {len(self.bits)} x {len(self.bits)} widths")
         return self
-
-
-LrpRules = Literal["chefer", "epsilon", "gamma", "attnlrp"]
-LrpTarget = Literal["pred", "label"]
-LrpAggregate = Literal["abs", "positive", "signed"]
-SensitivityLoss = Literal["kl", "cross-entropy", "top1"]
-FisherLabels = Literal["true", "empirical"]
 
 
 class MetricOptions(Value):

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import Profile, load_profile, refuse_existing, save, write_whole
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.latency import load_latency_table
 from vitq.units import in_units
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 
     from vitq.allocation import Wishes
     from vitq.allocation.allocate import Search
+    from vitq.artifacts import Profile
     from vitq.trials import Audit, Judge, Refinement
     from vitq.trials.refine import Errors
 
@@ -34,17 +33,30 @@ def allocate(
         typer.Option("--budget", help="Average bits 4.0 or 4.0/8.0, size=3.2MB, bops=1.5G, like=4, latency=4.0ms; repeatable."),
     ] = None,
     uniform: Annotated[str | None, typer.Option("--uniform", help="4 or 4/8: no search, every searched layer the same.")] = None,
-    metric: Annotated[str | None, typer.Option("--metric", help="The costs to minimise. (default: the profile's first)")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", autocompletion=completion.metrics, help="The costs to minimise. (default: the profile's first)"),
+    ] = None,
     bits: Annotated[str | None, typer.Option("--bits", help="Candidate widths, such as 3,4,5. (default: all that have costs)")] = None,
     bits_apart: Annotated[bool, typer.Option("--bits-apart", help="Choose weight and activation widths separately.")] = False,
     objective: Annotated[
-        str | None, typer.Option("--objective", help="sum, gamma (LampQ), mix-qvit or pairwise (CLADO). (default: the preset's, or sum)")
+        str | None,
+        typer.Option(
+            "--objective",
+            autocompletion=completion.objectives,
+            help="sum, gamma (LampQ), mix-qvit or pairwise (CLADO). (default: the preset's, or sum)",
+        ),
     ] = None,
     gamma: Annotated[
         float | None, typer.Option("--gamma", help="By how much a bit divides the cost in --objective gamma. (default: 4)")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="lampq, mix-qvit or lrp-qvit: a paper's metric, objective and candidate bits.")
+        str | None,
+        typer.Option(
+            "--preset",
+            autocompletion=completion.presets,
+            help="lampq, mix-qvit or lrp-qvit: a paper's metric, objective and candidate bits.",
+        ),
     ] = None,
     gap: Annotated[
         float | None,
@@ -99,6 +111,9 @@ def allocate(
     alone = pareto is not None and not budget and uniform is None
     if alone and output is not None:
         raise UsageError(f"-o {output} is for the plan, and --pareto alone makes none; give --budget 4.0 too, or leave -o out")
+    from vitq.artifacts import load_profile, save
+    from vitq.latency import load_latency_table
+
     found = load_profile(profile or folder / PROFILE)
     limited = any(text.strip().startswith("latency=") for text in budget or ())
     latencies = load_latency_table(latency_table or folder / LATENCY) if limited or latency_table else None
@@ -185,9 +200,10 @@ def audit_table(found: "Audit") -> "Table":
     return table
 
 
-def _write_staircase(path: Path, profile: Profile, wishes: "Wishes", gap: float | None, force: bool) -> tuple[dict[str, Any], list[str]]:
+def _write_staircase(path: Path, profile: "Profile", wishes: "Wishes", gap: float | None, force: bool) -> tuple[dict[str, Any], list[str]]:
     """Writes the staircase and its picture; (the staircase, what to say)."""
     from vitq.allocation import as_json, draw, pareto
+    from vitq.artifacts import refuse_existing, write_whole
 
     if path.suffix != ".json":
         raise UsageError(f"--pareto {path}: the staircase is JSON; give a name that ends in .json, its plot lands beside it as .svg")

@@ -25,7 +25,6 @@ from vitq.errors import VitqError
 
 app = typer.Typer(
     name="vitq",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: what follows `vitq`; by default the process's own arguments.
     """
     try:
-        app(args=arguments)
+        app(args=arguments, prog_name="vitq")
     except VitqError as error:
         print(f"vitq: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

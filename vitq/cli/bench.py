@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import load_profile, save, write_whole
 from vitq.cli import options
 from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, in_folder, output_path, run_folder
 from vitq.cli.terminal import Terminal, json_text
@@ -67,6 +66,7 @@ def bench(
         return
     files = files or [folder / ONNX]
     named = {str(file): file for file in files}
+    from vitq.artifacts import write_whole
     from vitq.bench import compare, footprint
     from vitq.bench.latency import input_shape
     from vitq.runtime import open_session
@@ -98,6 +98,8 @@ def bench(
 
 def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, path: Path, terminal: Terminal) -> None:
     """Writes the table that `vitq allocate --budget latency=4.0ms` reads."""
+    from vitq.artifacts import load_profile, save
+
     found = load_profile(profile)
     from vitq.bench.layers import latency_table
 

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitq.artifacts import load_plan
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     CHECKPOINT,
     PLAN,
@@ -36,7 +35,7 @@ LEARNING = ("reconstruct", "fima-q")
 def calibrate(
     plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
     images: options.RememberedImages = None,
-    recipe: Annotated[str, typer.Option("--recipe", help=RECIPE_HELP)] = "fast",
+    recipe: Annotated[str, typer.Option("--recipe", autocompletion=completion.recipes, help=RECIPE_HELP)] = "fast",
     iterations: Annotated[
         int | None, typer.Option("--iterations", min=1, help="reconstruct, fima-q: steps a block. (default: 150, 300)")
     ] = None,
@@ -61,6 +60,8 @@ def calibrate(
 ) -> None:
     """Fit the quantizers of a plan to its model."""
     terminal = Terminal(quiet, verbose, as_json)
+    from vitq.artifacts import load_plan
+
     folder = run_folder(run_dir, plan)
     source = plan or folder / PLAN
     chosen = load_plan(source)

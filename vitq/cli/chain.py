@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import Field, ValidationError
-
-from vitq.artifacts import BitPlan, Profile, Value, load_plan, load_profile, refuse_existing, refuse_missing
 from vitq.cli.options import DEFAULT_NUM_IMAGES
 from vitq.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from vitq.artifacts import BitPlan, Profile
     from vitq.checkpoint import Checkpoint
+    from vitq.cli.sources import ImageSource, LoadingOptions, ModelSource
     from vitq.images import Images
     from vitq.models import LoadedModel
 
@@ -28,32 +27,6 @@ DEFAULT_FOLDER = Path("vitq-run")
 PROFILE, PLAN, CHECKPOINT, ONNX = "profile.json", "plan.json", "model.safetensors", "model.onnx"
 EVALUATION, BENCH, LATENCY = "evaluate.json", "bench.json", "latency.json"
 STAIRCASE, REPORT, IMAGES = "staircase.json", "report.html", "images.safetensors"
-
-
-class LoadingOptions(Value):
-    """What `models.load` takes beside the model."""
-
-    arch: str | None = None
-    num_classes: int | None = None
-    img_size: int | None = None
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-
-class ModelSource(Value):
-    """A float model as it was given, its digest, and how it was loaded."""
-
-    source: str
-    digest: str
-    options: LoadingOptions = LoadingOptions()
-
-
-class ImageSource(Value):
-    """Images as they were given, the digest of the chosen list, and what chose it."""
-
-    source: str
-    digest: str
-    num_images: int
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +54,7 @@ class Memory:
             InputError: nothing is remembered, the model is gone, cannot be loaded, or has other weights than then; the message names
                 `option`, which gives it.
         """
+        from vitq.cli.sources import ModelSource
         from vitq.models import load
 
         if override is not None:
@@ -101,8 +75,10 @@ class Memory:
             problem = f"the weights of {place} are not those that {self.artifact} was made from, they have changed"
         raise InputError(f"{problem}; {remedy}")
 
-    def loading(self) -> LoadingOptions:
+    def loading(self) -> "LoadingOptions":
         """The options that the float model was loaded with; none where that is not remembered."""
+        from vitq.cli.sources import LoadingOptions, ModelSource
+
         record = self._record("model", ModelSource)
         return record.options if record else LoadingOptions()
 
@@ -115,6 +91,8 @@ class Memory:
         Raises:
             InputError: nothing is remembered, the images are gone, cannot be read, or are others than then.
         """
+        from vitq.cli.sources import ImageSource
+
         record = self._record("images", ImageSource)
         then = (record.num_images, record.seed) if record else (DEFAULT_NUM_IMAGES, 0)
         default = then[0] if reading.source is None else DEFAULT_NUM_IMAGES
@@ -149,6 +127,8 @@ class Memory:
         return [str(place) for place in (Path(source), self.artifact.parent / source) if place.exists()] or [source]
 
     def _record(self, name: str, kind: "type[Record]") -> "Record | None":
+        from pydantic import ValidationError
+
         found = self.made_from.get(name)
         if found is None:
             return None
@@ -160,7 +140,7 @@ class Memory:
             raise InputError(f"{self.artifact}: {place}: {fault['msg']}; run `vitq profile` again") from None
 
 
-Record = TypeVar("Record", ModelSource, ImageSource)
+Record = TypeVar("Record", "ModelSource", "ImageSource")
 
 
 def run_folder(run_dir: Path | None, artifact: Path | None = None) -> Path:
@@ -182,6 +162,8 @@ def refuse_missing_sources(model: str | None, images: str | None, arch: str | No
 
 def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
     """Raises InputError, before an output is refused or anything is loaded, where there is no such file or MODEL."""
+    from vitq.artifacts import refuse_missing
+
     if (suffix := Path(artifact).suffix) in (".onnx", ".json"):
         refuse_missing(artifact, "vitq export" if suffix == ".onnx" else "vitq profile MODEL --images PATH")
     else:
@@ -190,6 +172,8 @@ def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
 
 def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Path:
     """Where to write; raises UsageError, before anything is computed, where that exists and `force` is not set."""
+    from vitq.artifacts import refuse_existing
+
     path = output or folder / name
     refuse_existing(path, force)
     if path.is_dir():
@@ -204,7 +188,7 @@ def in_folder(command: str, path: Path, name: str) -> str:
     return command if path.parent == DEFAULT_FOLDER else f"{command} --run-dir {path.parent}"
 
 
-def digest_of(profile: Profile) -> str:
+def digest_of(profile: "Profile") -> str:
     """What a plan remembers of the profile that it was made from, whatever the order of its layers and costs."""
     document = profile.model_dump(mode="json")
     document["layers"].sort(key=lambda layer: layer["name"])
@@ -213,28 +197,32 @@ def digest_of(profile: Profile) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def plan_memory(plan: BitPlan, path: Path) -> Memory:
+def plan_memory(plan: "BitPlan", path: Path) -> Memory:
     """What a plan remembers; of one that was written by hand, what the profile beside it does."""
     made_from = plan.made_from
     beside = path.parent / PROFILE
     if "model" not in made_from and beside.is_file():
+        from vitq.artifacts import load_profile
+
         made_from = load_profile(beside).made_from
     return Memory(made_from, path)
 
 
-def from_another_profile(made_from: Mapping[str, Any], profile: Profile) -> bool:
+def from_another_profile(made_from: Mapping[str, Any], profile: "Profile") -> bool:
     """Whether a plan, or a model calibrated to it, remembers another profile."""
     return "profile" in made_from and made_from["profile"] != digest_of(profile)
 
 
-def of_another_plan(calibrated: BitPlan, made_from: Mapping[str, Any], plan: BitPlan) -> bool:
+def of_another_plan(calibrated: "BitPlan", made_from: Mapping[str, Any], plan: "BitPlan") -> bool:
     """Whether a calibrated model, by its plan and what it was made from, has other bits than a plan or is another model."""
     same_model = plan.made_from.get("model") in (None, made_from.get("model"))
     return plan.layers != calibrated.layers or not same_model
 
 
-def refuse_stale_plan(plan: BitPlan, path: Path) -> None:
+def refuse_stale_plan(plan: "BitPlan", path: Path) -> None:
     """Raises InputError where the profile in the run folder is not the one that its plan was made from."""
+    from vitq.artifacts import load_profile
+
     profile = path.parent / PROFILE
     if profile.is_file() and from_another_profile(plan.made_from, load_profile(profile)):
         raise InputError(f"{path} was made from another profile than {profile}; run `vitq allocate --force` again, or give the PLAN to use")
@@ -242,6 +230,8 @@ def refuse_stale_plan(plan: BitPlan, path: Path) -> None:
 
 def refuse_stale_checkpoint(checkpoint: "Checkpoint", path: Path) -> None:
     """Raises InputError where the plan in the run folder is not the one that its calibrated model has."""
+    from vitq.artifacts import load_plan
+
     beside = path.parent / PLAN
     if beside.is_file() and of_another_plan(checkpoint.plan, checkpoint.made_from, load_plan(beside)):
         raise InputError(f"{path} was calibrated to another plan than {beside}; run `vitq calibrate --force` again, or give the CHECKPOINT")

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import Profile, save, write_whole
 from vitq.cli import options
 from vitq.cli.bench import usable_cores
-from vitq.cli.chain import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE, LoadingOptions, digest_of
+from vitq.cli.chain import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE, digest_of
 from vitq.cli.evaluate import flat, save_result
 from vitq.cli.profile import remembering
 from vitq.cli.report import write_report
@@ -26,6 +25,7 @@ from vitq.units import in_units
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vitq.artifacts import Profile
     from vitq.images import Images
     from vitq.models import LoadedModel
 
@@ -47,6 +47,7 @@ def demo(
     terminal = Terminal(quiet, verbose, as_json)
     if run_dir.exists() and not (force and run_dir.is_dir()):
         raise UsageError(f"{run_dir} exists already; give --force to replace what the demo writes there, or another --run-dir")
+    from vitq.cli.sources import LoadingOptions
     from vitq.images import open_images
     from vitq.importance import profile
     from vitq.models import load
@@ -88,12 +89,13 @@ class _Row:
 
 
 def _quantized(
-    name: str, found: Profile, model: "LoadedModel", calibration: "Images", test: "Images", run_dir: Path, terminal: Terminal
+    name: str, found: "Profile", model: "LoadedModel", calibration: "Images", test: "Images", run_dir: Path, terminal: Terminal
 ) -> _Row:
     """Allocates, calibrates, exports and evaluates one plan, each into the plan's run folder."""
     from vitq import checkpoint
     from vitq.accuracy import evaluate, onnx_runnable
     from vitq.allocation import allocate
+    from vitq.artifacts import save
     from vitq.calibration import calibrate
     from vitq.onnx_file import export
 
@@ -137,9 +139,10 @@ def _with_latencies(rows: Sequence[_Row], model: "LoadedModel", test: "Images") 
     return [replace(row, file_bytes=size, **vars(latency)) for row, size, latency in zip(rows, sizes, measured, strict=True)]
 
 
-def _report(found: Profile, rows: Sequence[_Row], model: "LoadedModel", run_dir: Path) -> Path:
+def _report(found: "Profile", rows: Sequence[_Row], model: "LoadedModel", run_dir: Path) -> Path:
     """Leaves the staircase and all rows' results in the mixed plan's folder, as commands would, and shows the folder on a page."""
     from vitq.allocation import as_json, pareto
+    from vitq.artifacts import write_whole
     from vitq.bench import Row
 
     write_whole(run_dir / STAIRCASE, lambda temporary: temporary.write_text(as_json(pareto(found)), encoding="utf-8"))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import write_whole
 from vitq.cli import options
 from vitq.cli.bench import usable_cores
 from vitq.cli.chain import output_path
@@ -36,6 +35,7 @@ def doctor(
     if output is not None:
         output_path(output, Path(), "", force)
     terminal.note("doctor: a tiny transformer in every form ...")
+    from vitq.artifacts import write_whole
     from vitq.doctor import PATTERNS, try_forms, versions
 
     forms, machine = try_forms(), processor()

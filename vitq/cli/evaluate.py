@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import load_profile, write_whole
 from vitq.cli import options
 from vitq.cli.chain import (
     EVALUATION,
     PROFILE,
     REPORT,
-    LoadingOptions,
     Memory,
     in_folder,
     output_path,
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitq.accuracy import Evaluation
+    from vitq.cli.sources import LoadingOptions
     from vitq.images import Images
     from vitq.models import LoadedModel
 
@@ -79,7 +78,7 @@ def evaluate(
             _write(output, verified)
         terminal.result(verified, said)
         return
-    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
+    loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
     from vitq.accuracy import evaluate as measure
     from vitq.images import open_images
@@ -142,6 +141,8 @@ def save_result(document: dict[str, Any], folder: Path, name: str) -> None:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
+    from vitq.artifacts import write_whole
+
     write_whole(path, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
 
 
@@ -160,7 +161,7 @@ def _verified(artifact: str) -> dict[str, Any]:
     return {"verified": True, "parts": check_digests(artifact)}
 
 
-def _open(artifact: str, loading: LoadingOptions, device: str) -> Subject:
+def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
     from vitq import checkpoint
     from vitq.accuracy import onnx_metadata, onnx_runnable
     from vitq.models import load
@@ -183,7 +184,7 @@ def _open(artifact: str, loading: LoadingOptions, device: str) -> Subject:
     return Subject(artifact, on_device(model.module, device), model.data_config, model.num_classes, model.label_names, None, {})
 
 
-def _reference(subject: Subject, given: str | None, loading: LoadingOptions, run_dir: Path | None) -> "LoadedModel | None":
+def _reference(subject: Subject, given: str | None, loading: "LoadingOptions", run_dir: Path | None) -> "LoadedModel | None":
     """The float model: as given, else the one that the artifact was made from where its run folder is at hand."""
     from vitq.models import load
 
@@ -202,6 +203,8 @@ def _reference(subject: Subject, given: str | None, loading: LoadingOptions, run
 
 def _profiled(folder: Path | None) -> dict[str, Any] | None:
     """The preprocessing that the profile of a run folder has; None where there is no profile."""
+    from vitq.artifacts import load_profile
+
     path = folder / PROFILE if folder else None
     return load_profile(path).model.data_config if path and path.is_file() else None
 

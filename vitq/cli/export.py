@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from vitq.artifacts import refuse_existing, refuse_missing, write_whole
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     CHECKPOINT,
     ONNX,
@@ -34,7 +33,9 @@ def export(
     storage: Annotated[
         str,
         typer.Option(
-            "--storage", help="packed: every width at its true size; fast: int8; standard: plain int4 and int8, for other runtimes."
+            "--storage",
+            autocompletion=completion.storages,
+            help="packed: every width at its true size; fast: int8; standard: plain int4 and int8, for other runtimes.",
         ),
     ] = "packed",
     attention_int8: Annotated[
@@ -57,6 +58,8 @@ def export(
 ) -> None:
     """Write an ONNX file that onnxruntime runs with integer kernels, and verify it."""
     terminal = Terminal(quiet, verbose, as_json)
+    from vitq.artifacts import refuse_existing, refuse_missing, write_whole
+
     folder = run_folder(run_dir, checkpoint)
     source = checkpoint or folder / CHECKPOINT
     refuse_missing(source, "vitq calibrate")

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vitq.artifacts import BitPlan, Layer, LayerBits, Profile
 from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from vitq.artifacts import BitPlan, Layer, LayerBits, Profile
 
 Row = dict[str, Any]
 """What is known of one layer: name and, where known, type, block, op, parameters, macs, operands, weight_bits, activation_bits."""
@@ -15,7 +16,7 @@ Row = dict[str, Any]
 _SHORT: dict[str, str] = {"post_layernorm": "layernorm", "post_softmax": "softmax", "post_gelu": "gelu"}
 
 
-def layer_rows(layers: Iterable[Layer], bits: Mapping[str, LayerBits] | None = None) -> list[Row]:
+def layer_rows(layers: "Iterable[Layer]", bits: "Mapping[str, LayerBits] | None" = None) -> list[Row]:
     """A row a layer, with the widths that a plan gives it."""
     rows = []
     for layer in layers:
@@ -31,7 +32,7 @@ def worst(errors: Mapping[str, Mapping[str, Any]], count: int = 3) -> str:
     return ", ".join(f"{name} {100 * errors[name]['kl'] / whole:.0f} %" for name in first)
 
 
-def plan_table(plan: BitPlan, layers: Iterable[Layer]) -> "Table":
+def plan_table(plan: "BitPlan", layers: "Iterable[Layer]") -> "Table":
     """The plan of a model whose layers are known."""
     return layer_table(layer_rows(layers, plan.bits))
 
@@ -55,7 +56,7 @@ def layer_table(rows: Sequence[Row]) -> "Table":
     return table
 
 
-def cost_table(profile: Profile, metric: str) -> "Table":
+def cost_table(profile: "Profile", metric: str) -> "Table":
     """What each layer costs at each width, weights and activations together."""
     costs = profile.costs[metric]
     table = _table(f"{metric}, {costs.unit}", [(f"{width} bits", "right") for width in costs.bits])

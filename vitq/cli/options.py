@@ -3,11 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitq.cli import completion
 from vitq.errors import UsageError
+
+if TYPE_CHECKING:
+    from vitq.cli.sources import LoadingOptions
 
 DEFAULT_NUM_IMAGES = 256
 """How many images profile, calibrate and export take where nothing says otherwise."""
@@ -30,7 +34,7 @@ RememberedImages = Annotated[
 NumImages = Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images; 0: none beside this one.")]
-Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option("--device", autocompletion=completion.devices, help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Chooses the subset of the images. (default: the stage before's, else 0)")]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Where artifacts are read and written. (default: the given artifact's folder, or vitq-run)")
@@ -69,6 +73,13 @@ def parse_model_kwargs(texts: Sequence[str] | None) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
+
+
+def loading(arch: str | None, num_classes: int | None, img_size: int | None, model_kwargs: Sequence[str] | None) -> "LoadingOptions":
+    """The options above that say how a MODEL is loaded."""
+    from vitq.cli.sources import LoadingOptions
+
+    return LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=parse_model_kwargs(model_kwargs))
 
 
 def usable_device(text: str) -> str:

@@ -6,27 +6,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitq.artifacts import FisherLabels, LrpAggregate, LrpRules, LrpTarget, MetricOptions, Profile, SensitivityLoss, save
-from vitq.cli import options
-from vitq.cli.chain import PROFILE, ImageSource, LoadingOptions, ModelSource, in_folder, output_path, refuse_missing_sources, run_folder
+from vitq.choices import FisherLabels, LrpAggregate, LrpRules, LrpTarget, SensitivityLoss
+from vitq.cli import completion, options
+from vitq.cli.chain import PROFILE, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import cost_table
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
 from vitq.units import in_units
 
 if TYPE_CHECKING:
+    from vitq.artifacts import MetricOptions, Profile
+    from vitq.cli.sources import LoadingOptions
     from vitq.images import Images
     from vitq.models import LoadedModel
 
 DEFAULT_METRIC = "output-fisher"
-DEFAULTS = MetricOptions()
 HEAT_MAP = "relevance.png"
 
 
 def profile(
     model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
     images: options.OptionalImages = None,
-    metric: Annotated[list[str] | None, typer.Option("--metric", help="Repeatable; the first is allocate's default.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", autocompletion=completion.metrics, help="Repeatable; the first is allocate's default.")
+    ] = None,
     bits: Annotated[str, typer.Option("--bits", help="The widths to price.")] = "2,3,4,5,6,7,8",
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
@@ -38,20 +41,18 @@ def profile(
         bool,
         typer.Option("--resume/--no-resume", help="Go on with an interrupted sensitivity, the one metric that takes long, or start anew."),
     ] = True,
-    lrp_rules: Annotated[LrpRules, typer.Option("--lrp-rules", help="How relevance is propagated.")] = DEFAULTS.lrp_rules,
-    lrp_target: Annotated[LrpTarget, typer.Option("--lrp-target", help="Explain the predicted class or the label.")] = DEFAULTS.lrp_target,
-    lrp_aggregate: Annotated[
-        LrpAggregate, typer.Option("--lrp-aggregate", help="How a layer's relevance becomes one number.")
-    ] = DEFAULTS.lrp_aggregate,
+    lrp_rules: Annotated[LrpRules, typer.Option("--lrp-rules", help="How relevance is propagated.")] = "chefer",
+    lrp_target: Annotated[LrpTarget, typer.Option("--lrp-target", help="Explain the predicted class or the label.")] = "pred",
+    lrp_aggregate: Annotated[LrpAggregate, typer.Option("--lrp-aggregate", help="How a layer's relevance becomes one number.")] = "abs",
     sensitivity_loss: Annotated[
         SensitivityLoss, typer.Option("--sensitivity-loss", help="What is compared; all but kl need labels.")
-    ] = DEFAULTS.sensitivity_loss,
+    ] = "kl",
     sensitivity_baseline: Annotated[
         str, typer.Option("--sensitivity-baseline", help="What the other layers run at: fp32, w8a8 or 'uniform 4'.")
-    ] = DEFAULTS.sensitivity_baseline,
+    ] = "fp32",
     fisher: Annotated[
         FisherLabels, typer.Option("--fisher", help="lampq's labels: sampled from the model (true) or the images' own (empirical).")
-    ] = DEFAULTS.fisher,
+    ] = "true",
     pairs: Annotated[
         bool, typer.Option("--pairs", help="output-fisher: terms between layers too, for allocate --objective pairwise.")
     ] = False,
@@ -70,6 +71,8 @@ def profile(
 ) -> None:
     """Measure what each layer's bits are worth."""
     terminal = Terminal(quiet, verbose, as_json)
+    from vitq.artifacts import MetricOptions, save
+
     refuse_missing_sources(model, images, arch)
     path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force)
     widths = options.parse_bits(bits) or []
@@ -82,7 +85,7 @@ def profile(
         fisher=fisher,
         pairs=pairs,
     )
-    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
+    loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
     if explain is not None:
         _heat_map(terminal, model, loading, explain, chosen, path, device, force)
@@ -115,7 +118,7 @@ def profile(
 
 
 def _heat_map(
-    terminal: Terminal, model: str, loading: LoadingOptions, image: Path, chosen: MetricOptions, path: Path, device: str, force: bool
+    terminal: Terminal, model: str, loading: "LoadingOptions", image: Path, chosen: "MetricOptions", path: Path, device: str, force: bool
 ) -> None:
     from vitq.importance.relevance_map import explain
     from vitq.models import load
@@ -126,8 +129,10 @@ def _heat_map(
     terminal.result(document, f"explained {what}; red speaks for it, blue against it", f"wrote {path}")
 
 
-def remembering(found: Profile, model: "LoadedModel", loading: LoadingOptions, images: "Images", seed: int) -> Profile:
+def remembering(found: "Profile", model: "LoadedModel", loading: "LoadingOptions", images: "Images", seed: int) -> "Profile":
     """The profile with all that later commands need to open the model and the images again."""
+    from vitq.cli.sources import ImageSource, ModelSource
+
     sources = {
         "model": ModelSource(source=model.source, digest=model.digest, options=loading),
         "images": ImageSource(source=images.source, digest=images.digest, num_images=images.num_listed, seed=seed),
@@ -135,7 +140,7 @@ def remembering(found: Profile, model: "LoadedModel", loading: LoadingOptions, i
     return found.model_copy(update={"made_from": found.made_from | {name: source.model_dump() for name, source in sources.items()}})
 
 
-def _document(found: Profile, path: str, images: "Images", seconds: float) -> dict[str, object]:
+def _document(found: "Profile", path: str, images: "Images", seconds: float) -> dict[str, object]:
     return {
         "output": path,
         "architecture": found.model.architecture,
@@ -149,13 +154,13 @@ def _document(found: Profile, path: str, images: "Images", seconds: float) -> di
     }
 
 
-def _total_costs(found: Profile, metric: str) -> dict[int, float]:
+def _total_costs(found: "Profile", metric: str) -> dict[int, float]:
     """The sum over all layers of the costs at each width."""
     table = found.costs[metric]
     return {width: sum(costs[i] for costs in table.tied.values()) for i, width in enumerate(table.bits)}
 
 
-def _lines(found: Profile, seconds: float) -> list[str]:
+def _lines(found: "Profile", seconds: float) -> list[str]:
     parameters, macs = (in_units(sum(getattr(layer, name) for layer in found.layers), "") for name in ("parameters", "macs"))
     lines = [f"{found.model.architecture}: {len(found.layers)} layers, {parameters} weights, {macs} MACs an image"]
     for name, table in found.costs.items():

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import Staircase, load_plan, load_profile, load_staircase, write_whole
 from vitq.cli import options
 from vitq.cli.chain import (
     BENCH,
@@ -32,10 +31,10 @@ from vitq.cli.chain import (
 from vitq.cli.run_folder import read_folder
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError, VitqError
-from vitq.latency import load_latency_table
 from vitq.units import in_units
 
 if TYPE_CHECKING:
+    from vitq.artifacts import Staircase
     from vitq.report import Findings
 
 IMAGES = 32
@@ -97,6 +96,7 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
     Raises:
         InputError: an artifact is damaged, or the file cannot be written.
     """
+    from vitq.artifacts import write_whole
     from vitq.report import page
 
     found = _with_close_ups(_read(folder), folder, model, images)
@@ -112,6 +112,8 @@ def _read(folder: Path) -> "Findings":
     """Everything but the close-ups, which need the model."""
     from vitq import checkpoint
     from vitq.accuracy import onnx_metadata
+    from vitq.artifacts import load_plan, load_profile
+    from vitq.latency import load_latency_table
     from vitq.report import Benchmark, Evaluated, File, Findings
 
     present = {name for name in _FILES if (folder / name).is_file()}
@@ -165,8 +167,10 @@ def _read(folder: Path) -> "Findings":
     )
 
 
-def _staircase(folder: Path) -> tuple[str, Staircase] | None:
+def _staircase(folder: Path) -> "tuple[str, Staircase] | None":
     """The first staircase by name, whatever it is called."""
+    from vitq.artifacts import Staircase, load_staircase
+
     for path in sorted(folder.glob("*.json")):
         if path.name in _FILES:
             continue

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitq.artifacts import BitPlan, Profile, load_plan, load_profile
 from vitq.cli.chain import CHECKPOINT, ONNX, PLAN, PROFILE, from_another_profile, of_another_plan
 from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from vitq.artifacts import BitPlan, Profile
 
 
 def is_run_folder(path: Path) -> bool:
@@ -22,6 +23,8 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: one of them is damaged.
     """
+    from vitq.artifacts import load_plan, load_profile
+
     profile = load_profile(folder / PROFILE) if (folder / PROFILE).is_file() else None
     plan = load_plan(folder / PLAN) if (folder / PLAN).is_file() else None
     found: list[tuple[str, str, str | None]] = []
@@ -55,12 +58,12 @@ def folder_table(rows: list[dict[str, Any]]) -> "Table":
     return table
 
 
-def _bits(plan: BitPlan) -> str:
+def _bits(plan: "BitPlan") -> str:
     widths = {bits for entry in plan.layers for bits in (entry.weight_bits, entry.activation_bits) if bits is not None}
     return f"{plan.model.architecture}, {len(plan.layers)} layers at {min(widths, default='no')} to {max(widths, default='no')} bits"
 
 
-def _stale_checkpoint(calibrated: BitPlan, made_from: dict[str, Any], plan: BitPlan | None, profile: Profile | None) -> str | None:
+def _stale_checkpoint(calibrated: "BitPlan", made_from: dict[str, Any], plan: "BitPlan | None", profile: "Profile | None") -> str | None:
     if plan and of_another_plan(calibrated, made_from, plan):
         return _another("calibrated to", PLAN, "vitq calibrate")
     if profile and from_another_profile(made_from, profile):
@@ -68,7 +71,7 @@ def _stale_checkpoint(calibrated: BitPlan, made_from: dict[str, Any], plan: BitP
     return None
 
 
-def _stale_onnx(path: Path, calibrated: BitPlan, made_from: dict[str, Any]) -> str | None:
+def _stale_onnx(path: Path, calibrated: "BitPlan", made_from: dict[str, Any]) -> str | None:
     from vitq.accuracy import onnx_metadata
 
     metadata = onnx_metadata(path)

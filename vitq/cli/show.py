@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.artifacts import BitPlan, ModelSpec, Profile, Staircase, load_plan, load_profile, load_staircase, write_whole
 from vitq.cli import options
-from vitq.cli.chain import PROFILE, LoadingOptions, output_path, refuse_missing_artifact
+from vitq.cli.chain import PROFILE, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
 from vitq.cli.run_folder import folder_table, is_run_folder, read_folder
 from vitq.cli.staircase_table import staircase_table
@@ -20,6 +19,9 @@ from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from vitq.artifacts import ModelSpec, Profile
+    from vitq.cli.sources import LoadingOptions
 
 
 def show(
@@ -39,11 +41,12 @@ def show(
 ) -> None:
     """Show a model's layers, or what a file holds."""
     terminal = Terminal(quiet, verbose, as_json)
+    from vitq.artifacts import write_whole
+
     refuse_missing_artifact(artifact, arch)
     if output is not None:
         output_path(output, Path(), "", force)
-    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
-    found = _read(artifact, loading)
+    found = _read(artifact, options.loading(arch, num_classes, img_size, model_kwargs))
     document = found.head | ({"layers": found.rows} if found.tables is None else {})
     if output is not None:
         write_whole(output, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
@@ -64,11 +67,11 @@ class Shown:
 
     head: dict[str, Any]
     rows: list[Row]
-    profile: Profile | None = None
+    profile: "Profile | None" = None
     tables: "list[Table | str] | None" = None
 
 
-def _read(artifact: str, loading: LoadingOptions) -> Shown:
+def _read(artifact: str, loading: "LoadingOptions") -> Shown:
     path = Path(artifact)
     if path.suffix == ".json":
         return _read_json(path)
@@ -94,6 +97,8 @@ def _read(artifact: str, loading: LoadingOptions) -> Shown:
 
 
 def _read_json(path: Path) -> Shown:
+    from vitq.artifacts import BitPlan, Staircase, load_plan, load_profile, load_staircase
+
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -149,14 +154,16 @@ def _read_onnx(path: Path) -> Shown:
     return Shown({"kind": "exported model", "file_bytes": path.stat().st_size} | metadata, rows)
 
 
-def _profile_beside(path: Path, names: set[str]) -> Profile | None:
+def _profile_beside(path: Path, names: set[str]) -> "Profile | None":
     """The profile in the same folder, where it is of the same model."""
+    from vitq.artifacts import load_profile
+
     beside = path.parent / PROFILE
     profile = load_profile(beside) if beside.is_file() else None
     return profile if profile and {layer.name for layer in profile.layers} == names else None
 
 
-def _head(kind: str, spec: ModelSpec, made_from: Any) -> dict[str, Any]:
+def _head(kind: str, spec: "ModelSpec", made_from: Any) -> dict[str, Any]:
     return {
         "kind": kind,
         "architecture": spec.architecture,

@@ -2,14 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from vitq.artifacts import Staircase
 from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vitq.artifacts import Staircase
 
-def staircase_table(staircase: Staircase) -> "Table":
+
+def staircase_table(staircase: "Staircase") -> "Table":
     """What each average of bits allows, and what the plan there comes to."""
     from rich.table import Table
 

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from vitq import __version__
-from vitq.artifacts import refuse_existing
 from vitq.cli import options
-from vitq.cli.chain import IMAGES, LoadingOptions, ModelSource, output_path, refuse_missing_sources, run_folder
+from vitq.cli.chain import IMAGES, output_path, refuse_missing_sources, run_folder
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
 
@@ -47,8 +46,10 @@ def synthesize(
         raise UsageError(f"{path} would not be read as images; give -o a name that ends in .safetensors")
     if preview is not None:
         output_path(preview, Path(), "", force)
-    loading = LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=options.parse_model_kwargs(model_kwargs))
+    loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
+    from vitq.artifacts import refuse_existing
+    from vitq.cli.sources import ModelSource
     from vitq.images import write_png
     from vitq.models import load
     from vitq.synthesize import framed, save, sheet

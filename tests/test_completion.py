@@ -1,0 +1,70 @@
+"""Names after TAB: they are those of the registries, though no registry is imported for them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from cli_session import vitq
+
+from vitq.allocation.objectives import OBJECTIVES
+from vitq.allocation.presets import PRESETS
+from vitq.artifacts import MetricOptions
+from vitq.calibration import RECIPES
+from vitq.cli import completion
+from vitq.cli.profile import profile
+from vitq.importance import METRICS
+from vitq.onnx_file.storage import STORAGES
+
+
+def offered(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
+    """What bash gets for the last of these words."""
+    monkeypatch.setenv("_VITQ_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(("vitq", *words)))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    return vitq().out.split()
+
+
+def test_registries_are_read_as_python_reads_them():
+    for offer, registry in (
+        (completion.metrics, METRICS),
+        (completion.recipes, RECIPES),
+        (completion.storages, STORAGES),
+        (completion.objectives, OBJECTIVES),
+        (completion.presets, PRESETS),
+    ):
+        assert offer("") == list(registry)
+
+
+def test_a_registry_that_moved_is_a_fault():
+    with pytest.raises(LookupError, match=r"units.py has no METRICS"):
+        completion.names_in("units.py", "METRICS")
+
+
+def test_a_shell_is_offered_names(monkeypatch: pytest.MonkeyPatch):
+    assert offered(monkeypatch, "calibrate", "--recipe", "f") == [name for name in RECIPES if name.startswith("f")]
+    assert offered(monkeypatch, "profile", "--metric", "sens") == ["sensitivity"]
+    assert offered(monkeypatch, "profile", "--lrp-target", "") == ["pred", "label"]
+    assert offered(monkeypatch, "allocate", "--objective", "nothing") == []
+    assert "calibrate" in offered(monkeypatch, "cal")
+
+
+def test_completion_can_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    done = vitq("--install-completion", "bash")
+    assert done.code == 0, done.err
+    written = [Path(folder) / name for folder, _, names in os.walk(tmp_path) for name in names]
+    assert any("_VITQ_COMPLETE=complete_bash" in path.read_text() for path in written)
+
+
+def test_the_options_of_metrics_default_as_in_python():
+    """They are written out in the command, which must not load pydantic for its help."""
+    defaults = MetricOptions().model_dump()
+    given = dict(
+        zip(
+            profile.__code__.co_varnames[: profile.__code__.co_argcount][-len(profile.__defaults__ or ()) :],
+            profile.__defaults__ or (),
+            strict=True,
+        )
+    )
+    assert {name: given[name] for name in defaults} == defaults

@@ -1,0 +1,33 @@
+"""What the shell offers after TAB: names read from the registries' source, since importing those would load torch."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def names_in(file: str, registry: str) -> list[str]:
+    """The keys of a registry, a dict that is written out in a file of vitq, in their order."""
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if ast.unparse(target) == registry:
+                return [key.value for key in node.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+    raise LookupError(f"{file} has no {registry}")
+
+
+def _from(file: str, registry: str) -> Callable[[str], list[str]]:
+    return lambda incomplete: [name for name in names_in(file, registry) if name.startswith(incomplete)]
+
+
+metrics = _from("importance/__init__.py", "METRICS")
+recipes = _from("calibration/__init__.py", "RECIPES")
+storages = _from("onnx_file/storage.py", "STORAGES")
+objectives = _from("allocation/objectives.py", "OBJECTIVES")
+presets = _from("allocation/presets.py", "PRESETS")
+
+
+def devices(incomplete: str) -> list[str]:
+    """Where torch may compute; whether it can is said when it is tried."""
+    return [name for name in ("cpu", "cuda") if name.startswith(incomplete)]
