@@ -145,7 +145,7 @@ def test_a_whole_folder_has_every_part(finished: Path, page: Page):
     assert said["output"] == "vitq-run/report.html" and said["file_bytes"] == (finished / "vitq-run" / "report.html").stat().st_size
     assert said["seconds"] > 0
     again = vitq("report", "vitq-run", "--force", folder=finished)
-    assert again.out.startswith("wrote vitq-run/report.html (") and "next:" not in again.err
+    assert again.out.startswith("wrote vitq-run/report.html (") and again.err.endswith("next: vitq show vitq-run\n")
 
 
 def test_the_page_needs_nothing_beside_itself(text: str, page: Page):

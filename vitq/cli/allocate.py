@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import completion, options
+from vitq.cli.bit_map import plan_map
 from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
@@ -126,6 +127,7 @@ def allocate(
         staircase, lines = _write_staircase(pareto, found, wishes, gap, force)
         if alone:
             terminal.result(staircase, *lines)
+            terminal.next(in_folder("vitq allocate --budget 4.0", profile or folder / PROFILE, PROFILE))
             return
         terminal.note("\n".join(lines))
     chosen = choose(found, budget or (), uniform=uniform, gap=gap, latencies=latencies, **vars(wishes))
@@ -145,8 +147,8 @@ def allocate(
     plan = chosen.plan.model_copy(update={"made_from": chosen.plan.made_from | {"profile": digest_of(found)}})
     save(plan, path, force)
     unit = found.costs[plan.made_from["allocation"]["metric"]].unit
-    table = [plan_table(plan, found.layers)] if verbose else []
-    terminal.result(chosen.report, *table, *measured, *_lines(chosen.report, unit), f"wrote {path}")
+    table = [plan_table(plan, found.layers)] if verbose else [] if quiet else plan_map(plan, found.layers)
+    terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
     terminal.next(in_folder("vitq calibrate", path, PLAN))
 
 

@@ -12,6 +12,7 @@ import typer
 
 from vitq.cli import options
 from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, in_folder, output_path, run_folder
+from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, UsageError
 from vitq.units import in_units
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vitq.bench import Row
+    from vitq.latency import LatencyTable
+    from vitq.report.findings import Timed
 
 CALIBRATION_IMAGES = 8
 """Images that onnxruntime's quantize_static looks at; its speed does not depend on them."""
@@ -90,10 +93,10 @@ def bench(
     path = output or (folder / BENCH if (folder / PROFILE).is_file() else None)
     if path is not None:
         write_whole(path, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
-    terminal.result(document, *_tables(rows, loaded), *([f"wrote {path}"] if path else []))
+    terminal.result(document, *bench_tables(rows, loaded), *([f"wrote {path}"] if path else []))
     _check(rows, named, max_ms)
-    if path == folder / BENCH:
-        terminal.next(in_folder("vitq report", folder / REPORT, REPORT))
+    in_run_folder = path == folder / BENCH
+    terminal.next(in_folder("vitq report", folder / REPORT, REPORT) if in_run_folder else f"vitq evaluate {files[0]} --images PATH")
 
 
 def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, path: Path, terminal: Terminal) -> None:
@@ -113,6 +116,13 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
     sums.append(
         f"{whole['mixed']['measured']:.4g} ms with those of every other block below, predicted {whole['mixed']['predicted']:.4g} ms"
     )
+    terminal.result(table.model_dump(mode="json"), timing_table(table), *sums, f"wrote {path}")
+    command = f"vitq allocate --budget latency={whole['below']:.3g}ms"
+    terminal.next(in_folder(command, path, LATENCY) if path.name == LATENCY else f"{command} --latency-table {path}")
+
+
+def timing_table(table: "LatencyTable") -> "Table":
+    """A line a kind of layer and form: what one such layer takes."""
     rows = [
         (
             timing.layers[0] + (f" and {len(timing.layers) - 1} like it" if len(timing.layers) > 1 else ""),
@@ -121,9 +131,7 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
         )
         for timing in table.timings
     ]
-    terminal.result(table.model_dump(mode="json"), _table(("layer", "activation bits", "ms"), rows), *sums, f"wrote {path}")
-    command = f"vitq allocate --budget latency={whole['below']:.3g}ms"
-    terminal.next(in_folder(command, path, LATENCY) if path.name == LATENCY else f"{command} --latency-table {path}")
+    return plain_table(("layer", "activation bits", "ms"), rows)
 
 
 def usable_cores() -> int:
@@ -144,7 +152,7 @@ def _baselines(file: Path, folder: Path, reference: str | None, images: str | No
     return write_baselines(model, next(iter(opened))[0], into)
 
 
-def _tables(rows: Sequence["Row"], loaded: Sequence[Mapping[str, Any]]) -> "list[Table]":
+def bench_tables(rows: "Sequence[Row | Timed]", loaded: Sequence[Mapping[str, Any]]) -> "list[Table]":
     """What was timed, then what was loaded."""
     memories = [None if found["peak_memory_bytes"] is None else in_units(found["peak_memory_bytes"], "B") for found in loaded]
     timed = [
@@ -155,21 +163,8 @@ def _tables(rows: Sequence["Row"], loaded: Sequence[Mapping[str, Any]]) -> "list
         (found["name"], in_units(found["file_bytes"], "B"), f"{found['load_ms']:.0f}", memory or "-")
         for found, memory in zip(loaded, memories, strict=True)
     ]
-    return [
-        _table(("latency", "batch", "median ms", "p90 ms", "images/s", "speedup"), timed),
-        _table(("loading", "file", "ms", "peak memory"), files),
-    ]
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for title in titles:
-        table.add_column(title, justify="left" if title == titles[0] else "right", no_wrap=title != titles[0], overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    tables = [plain_table(("latency", "batch", "median ms", "p90 ms", "images/s", "speedup"), timed)]
+    return tables + ([plain_table(("loading", "file", "ms", "peak memory"), files)] if files else [])
 
 
 def _check(rows: Sequence["Row"], gated: Mapping[str, Any], max_ms: float | None) -> None:

@@ -118,4 +118,4 @@ def calibrate(
     what = f"{len(chosen.layers)} layers calibrated by recipe {recipe} on {opened.num_images} images in {document['seconds']:.1f} s"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
     exports = all(isinstance(quantizer, Uniform | LogGrid) for quantizer in checkpoint.activations.values())
-    terminal.next(in_folder("vitq export", path, CHECKPOINT) if exports else f"vitq evaluate {path}")
+    terminal.next(in_folder("vitq export", path, CHECKPOINT) if exports else f"vitq evaluate {path} --images PATH")

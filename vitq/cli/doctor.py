@@ -55,6 +55,7 @@ def doctor(
     lines = [f"versions   {named}", f"system     {document['system']}"]
     lines += [f"processor  {machine.name or machine.architecture}, {usable_cores()} cores; {features}"]
     terminal.result(document, *lines, *_tables(forms, document["patterns"]), *remarks)
+    terminal.next("vitq demo")
 
 
 def _patterns(forms: "Sequence[Form]", named: dict[str, str]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """`vitq evaluate`: accuracy of a float model, a calibrated one or an ONNX file, against labels and against the float model."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def evaluate(
         if output is not None:
             _write(output, verified)
         terminal.result(verified, said)
+        terminal.next(f"vitq evaluate {artifact} --images PATH")
         return
     loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
@@ -106,6 +108,10 @@ def evaluate(
     _check(gates, document)
     if saved is not None:
         terminal.next(in_folder("vitq report", saved / REPORT, REPORT))
+    elif subject.folder is None:
+        terminal.next(shlex.join(["vitq", "profile", artifact, *options.loading_words(loading), "--images", "PATH"]))
+    else:
+        terminal.next(f"vitq {'bench' if artifact.endswith('.onnx') else 'export'} {artifact}")
 
 
 @dataclass(frozen=True)

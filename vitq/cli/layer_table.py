@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """What is known of one layer: name and, where known, type, block, op, parameters, macs, operands, weight_bits, activation_bits."""
 
+_WIDE = 100
+"""Columns from which on a terminal has room for all that is known of a calibrated layer."""
+
 _SHORT: dict[str, str] = {"post_layernorm": "layernorm", "post_softmax": "softmax", "post_gelu": "gelu"}
 
 
@@ -38,12 +41,15 @@ def plan_table(plan: "BitPlan", layers: "Iterable[Layer]") -> "Table":
 
 
 def layer_table(rows: Sequence[Row]) -> "Table":
-    """The rows as a table, with the columns that are known of some of them."""
+    """The rows as a table, with the columns that are known of some of them, as far as they fit."""
+    from rich.console import Console
+
     known = {key for row in rows for key in row}
     columns = [("type", "type", "left"), ("parameters", "weights", "right"), ("macs", "MACs", "right"), ("operands", "reads", "left")]
     columns = [column for column in columns if column[0] in known]
-    if "kl" in known:  # 80 columns: what a calibrated layer costs says more than how large it is
-        columns = [("type", "type", "left"), ("sqnr", "SQNR dB", "right"), ("kl", "KL", "right")]
+    if "kl" in known:  # in 80 columns, what a calibrated layer costs says more than how large it is
+        errors = [("sqnr", "SQNR dB", "right"), ("kl", "KL", "right")]
+        columns = [*(columns if Console().width >= _WIDE else columns[:1]), *errors]
     with_bits = "activation_bits" in known
     table = _table("layer", [(title, justify) for _, title, justify in columns] + [("bits", "left")] * with_bits)
     block = None
@@ -62,6 +68,18 @@ def cost_table(profile: "Profile", metric: str) -> "Table":
     table = _table(f"{metric}, {costs.unit}", [(f"{width} bits", "right") for width in costs.bits])
     for layer in profile.layers:
         table.add_row(_plain(layer.name), *(f"{cost:.0e}" for cost in costs.tied[layer.name]))
+    return table
+
+
+def plain_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    """Text to the left, which may wrap, and numbers to the right, which may not."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="left" if title == titles[0] else "right", no_wrap=title != titles[0], overflow="fold")
+    for row in rows:
+        table.add_row(_plain(row[0]), *row[1:])
     return table
 
 

@@ -82,6 +82,21 @@ def loading(arch: str | None, num_classes: int | None, img_size: int | None, mod
     return LoadingOptions(arch=arch, num_classes=num_classes, img_size=img_size, model_kwargs=parse_model_kwargs(model_kwargs))
 
 
+def loading_words(loading: "LoadingOptions") -> list[str]:
+    """What a command needs to load the same model."""
+    words = [word for name in ("arch", "num_classes", "img_size") for word in _words(name, getattr(loading, name))]
+    return words + [word for key, value in loading.model_kwargs.items() for word in ("--model-kwargs", f"{key}={_text(value)}")]
+
+
+def _words(name: str, value: object) -> list[str]:
+    return [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+
+
+def _text(value: object) -> str:
+    """As `parse_model_kwargs` reads it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def usable_device(text: str) -> str:
     """The device's name as given; raises UsageError where torch cannot compute there."""
     import torch

@@ -1,5 +1,6 @@
 """`vitq profile`: what every layer's bits are worth, into profile.json."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,7 @@ import typer
 
 from vitq.choices import FisherLabels, LrpAggregate, LrpRules, LrpTarget, SensitivityLoss
 from vitq.cli import completion, options
+from vitq.cli.bit_map import cost_map
 from vitq.cli.chain import PROFILE, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import cost_table
 from vitq.cli.terminal import Terminal
@@ -110,7 +112,7 @@ def profile(
     save(found, path, force)
     journal.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
-    tables = [cost_table(found, name) for name in found.costs] if verbose else []
+    tables = [cost_table(found, name) for name in found.costs] if verbose else [] if quiet else cost_map(found, next(iter(found.costs)))
     terminal.result(_document(found, str(path), opened, seconds), *_lines(found, seconds), *tables, f"wrote {path}")
     if fused := found.made_from.get("unfused_attention"):
         terminal.note(f"attention stays fused in {len(fused)} places, so its matmuls are no layers and stay float: {', '.join(fused)}")
@@ -127,6 +129,7 @@ def _heat_map(
     what = "the squared norm of the output" if found.label is None else f"class {found.label}" + (f", {found.name}" if found.name else "")
     document = {"output": str(path), "label": found.label, "name": found.name, "without_rule": list(found.without_rule)}
     terminal.result(document, f"explained {what}; red speaks for it, blue against it", f"wrote {path}")
+    terminal.next(shlex.join(["vitq", "profile", model, *options.loading_words(loading), "--images", "PATH"]))
 
 
 def remembering(found: "Profile", model: "LoadedModel", loading: "LoadingOptions", images: "Images", seed: int) -> "Profile":

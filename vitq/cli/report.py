@@ -1,7 +1,6 @@
 """`vitq report`: whatever a run folder holds, as one self-contained HTML file, report.html."""
 
 import hashlib
-import json
 import shlex
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from vitq.cli.chain import (
     CHECKPOINT,
     DEFAULT_FOLDER,
     EVALUATION,
+    IMAGES,
     LATENCY,
     ONNX,
     PLAN,
@@ -28,19 +28,19 @@ from vitq.cli.chain import (
     refuse_missing_sources,
     run_folder,
 )
-from vitq.cli.run_folder import read_folder
+from vitq.cli.run_folder import find_staircase, read_folder
+from vitq.cli.saved_results import read_benchmark, read_evaluations
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError, VitqError
 from vitq.units import in_units
 
 if TYPE_CHECKING:
-    from vitq.artifacts import Staircase
     from vitq.report import Findings
 
-IMAGES = 32
+WATCHED = 32
 """How many images the layers that hurt are watched on: enough to see how values are spread."""
 
-_FILES = (PROFILE, PLAN, CHECKPOINT, ONNX, EVALUATION, BENCH, LATENCY)
+_FILES = (IMAGES, PROFILE, PLAN, CHECKPOINT, ONNX, EVALUATION, BENCH, LATENCY)
 
 
 def report(
@@ -79,6 +79,8 @@ def report(
     if document["left_out"]:
         first = document["left_out"][0]
         terminal.next(f"{first['command']}   # adds: {first['title']}")
+    else:
+        terminal.next(f"vitq show {folder}")
 
 
 def _refuse_empty(folder: Path) -> None:
@@ -86,7 +88,7 @@ def _refuse_empty(folder: Path) -> None:
     remedy = "`vitq profile MODEL --images PATH` begins a run folder, `vitq demo` makes a whole one; or give another RUN_DIR"
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; {remedy}")
-    if not any((folder / name).is_file() for name in _FILES) and _staircase(folder) is None:
+    if not any((folder / name).is_file() for name in _FILES) and find_staircase(folder) is None:
         raise InputError(f"{folder} holds nothing that vitq wrote; {remedy}")
 
 
@@ -114,7 +116,8 @@ def _read(folder: Path) -> "Findings":
     from vitq.accuracy import onnx_metadata
     from vitq.artifacts import load_plan, load_profile
     from vitq.latency import load_latency_table
-    from vitq.report import Benchmark, Evaluated, File, Findings
+    from vitq.report import File, Findings
+    from vitq.synthesize import describe
 
     present = {name for name in _FILES if (folder / name).is_file()}
     profile = load_profile(folder / PROFILE) if PROFILE in present else None
@@ -123,7 +126,7 @@ def _read(folder: Path) -> "Findings":
     metadata = onnx_metadata(folder / ONNX) if ONNX in present else {}
     exported = {name.removeprefix("vitq."): value for name, value in metadata.items()}
     latencies = load_latency_table(folder / LATENCY) if LATENCY in present else None
-    staircase = _staircase(folder)
+    staircase = find_staircase(folder)
     remarks = [f"{row['file']} was {row['stale']}" for row in read_folder(folder) if row["stale"]]
     remarks += [
         f"{name} is older than {ONNX}: what it says may be of an earlier file; run `{command}` again"
@@ -139,7 +142,9 @@ def _read(folder: Path) -> "Findings":
     if profile and latencies and latencies.graph_digest != profile.model.graph_digest:
         remarks.append(f"{LATENCY} is of another model, and was left aside; run `vitq bench --layers` again")
         latencies = None
+    synthetic = describe(folder / IMAGES) if IMAGES in present else None
     said = {
+        IMAGES: synthetic["made_from"] if synthetic else {},
         PROFILE: profile.made_from if profile else {},
         PLAN: plan.made_from if plan else {},
         CHECKPOINT: made_from,
@@ -160,39 +165,11 @@ def _read(folder: Path) -> "Findings":
         calibrated=calibrated,
         errors=checkpoint.read_errors(folder / CHECKPOINT) if CHECKPOINT in present else {},
         exported=exported or None,
-        evaluations=_saved(folder / EVALUATION, dict[str, Evaluated], "vitq evaluate") if EVALUATION in present else {},
-        benchmark=_saved(folder / BENCH, Benchmark, "vitq bench") if BENCH in present else None,
+        evaluations=read_evaluations(folder / EVALUATION) if EVALUATION in present else {},
+        benchmark=read_benchmark(folder / BENCH) if BENCH in present else None,
         latencies=latencies,
         remarks=tuple(remarks),
     )
-
-
-def _staircase(folder: Path) -> "tuple[str, Staircase] | None":
-    """The first staircase by name, whatever it is called."""
-    from vitq.artifacts import Staircase, load_staircase
-
-    for path in sorted(folder.glob("*.json")):
-        if path.name in _FILES:
-            continue
-        try:
-            kind = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue  # no artifact of ours
-        if isinstance(kind, dict) and kind.get("format") == Staircase.model_fields["format"].default:
-            return path.name, load_staircase(path)
-    return None
-
-
-def _saved(path: Path, kind: Any, command: str) -> Any:
-    """A saved result; raises InputError where it is none."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        place = ".".join(map(str, fault["loc"]))
-        raise InputError(f"{path} is damaged: {place}{': ' if place else ''}{fault['msg']}; run `{command}` again, or delete it") from None
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -225,7 +202,7 @@ def _with_close_ups(found: "Findings", folder: Path, model: str | None, images: 
         return replace(found, close_up_lacks=str(error))
     lacks, batches = "", []
     try:
-        opened, _ = memory.images(Reading(images, None, None, IMAGES, 0), loaded.data_config, loaded.label_names)
+        opened, _ = memory.images(Reading(images, None, None, WATCHED, 0), loaded.data_config, loaded.label_names)
         batches = [batch for batch in (next(iter(opened), None),) if batch is not None]
     except VitqError as error:
         lacks = f"What these layers read is not shown: {error}."

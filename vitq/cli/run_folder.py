@@ -1,20 +1,35 @@
 """What a run folder holds, and which of its files were made from another file than the one that lies beside them."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitq.cli.chain import CHECKPOINT, ONNX, PLAN, PROFILE, from_another_profile, of_another_plan
+from vitq.cli.chain import (
+    BENCH,
+    CHECKPOINT,
+    EVALUATION,
+    IMAGES,
+    LATENCY,
+    ONNX,
+    PLAN,
+    PROFILE,
+    REPORT,
+    from_another_profile,
+    of_another_plan,
+)
+from vitq.cli.saved_results import read_benchmark, read_evaluations
 from vitq.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vitq.artifacts import BitPlan, Profile
+    from vitq.artifacts import BitPlan, Profile, Staircase
 
 
 def is_run_folder(path: Path) -> bool:
     """Whether this is a folder with artifacts and not a model (which has a config.json)."""
-    return path.is_dir() and not (path / "config.json").is_file() and any((path / name).is_file() for name in (PROFILE, PLAN))
+    return path.is_dir() and not (path / "config.json").is_file() and any((path / name).is_file() for name in (PROFILE, PLAN, IMAGES))
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:
@@ -28,6 +43,11 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
     profile = load_profile(folder / PROFILE) if (folder / PROFILE).is_file() else None
     plan = load_plan(folder / PLAN) if (folder / PLAN).is_file() else None
     found: list[tuple[str, str, str | None]] = []
+    if (folder / IMAGES).is_file():
+        from vitq.synthesize import describe
+
+        images = describe(folder / IMAGES)
+        found.append((IMAGES, f"{images['num_images']} images" if images else "images that cannot be read", None))
     if profile:
         found.append((PROFILE, f"{profile.model.architecture}, {len(profile.layers)} layers, costs by {', '.join(profile.costs)}", None))
     if plan is not None:
@@ -43,7 +63,41 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
             found.append((ONNX, "exported model", _stale_onnx(folder / ONNX, calibrated, made_from)))
     elif (folder / ONNX).is_file():
         found.append((ONNX, "exported model", None))
+    found += [(name, holds, None) for name, holds in _results(folder)]
     return [{"file": name, "bytes": (folder / name).stat().st_size, "holds": holds, "stale": stale} for name, holds, stale in found]
+
+
+def _results(folder: Path) -> Iterator[tuple[str, str]]:
+    """What was measured, drawn and written for people."""
+    from vitq.latency import load_latency_table
+
+    if staircase := find_staircase(folder):
+        yield staircase[0], f"{len(staircase[1].plans)} plans, by {staircase[1].metric}"
+    if (folder / EVALUATION).is_file():
+        yield EVALUATION, f"accuracy of {', '.join(read_evaluations(folder / EVALUATION))}"
+    if (folder / BENCH).is_file():
+        yield BENCH, f"latency of {', '.join(dict.fromkeys(row.name for row in read_benchmark(folder / BENCH).results))}"
+    if (folder / LATENCY).is_file():
+        table = load_latency_table(folder / LATENCY)
+        yield LATENCY, f"latencies of {sum(len(timing.layers) for timing in table.timings) // 2} layers, batch {table.batch}"
+    if (folder / REPORT).is_file():
+        yield REPORT, "report"
+
+
+def find_staircase(folder: Path) -> "tuple[str, Staircase] | None":
+    """The first staircase by name, whatever it is called."""
+    from vitq.artifacts import Staircase, load_staircase
+
+    for path in sorted(folder.glob("*.json")):
+        if path.name in (PROFILE, PLAN, EVALUATION, BENCH, LATENCY):
+            continue
+        try:
+            kind = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # no artifact of ours
+        if isinstance(kind, dict) and kind.get("format") == Staircase.model_fields["format"].default:
+            return path.name, load_staircase(path)
+    return None
 
 
 def folder_table(rows: list[dict[str, Any]]) -> "Table":

@@ -1,6 +1,7 @@
 """`vitq show`: the layers of a model or of any artifact, with all that is known of them."""
 
 import json
+import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import options
-from vitq.cli.chain import PROFILE, output_path, refuse_missing_artifact
+from vitq.cli.bench import timing_table
+from vitq.cli.chain import CHECKPOINT, PLAN, PROFILE, REPORT, in_folder, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
 from vitq.cli.run_folder import folder_table, is_run_folder, read_folder
+from vitq.cli.saved_results import saved_result
 from vitq.cli.staircase_table import staircase_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import InputError
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     from vitq.artifacts import ModelSpec, Profile
     from vitq.cli.sources import LoadingOptions
+    from vitq.latency import LatencyTable
 
 
 def show(
@@ -52,10 +56,30 @@ def show(
         write_whole(output, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
     if found.tables is not None:
         terminal.result(document, *found.tables)
+        terminal.next(_next(artifact, found.head))
         return
     tables = [layer_table(found.rows)]
     tables += [cost_table(found.profile, metric) for metric in found.profile.costs] if found.profile else []
     terminal.result(document, *_lines(found), *tables)
+    terminal.next(_next(artifact, found.head))
+
+
+def _next(artifact: str, head: dict[str, Any]) -> str:
+    """What is done with such a thing."""
+    folder = Path(artifact).parent
+    commands = {
+        "model": f"vitq profile {shlex.quote(artifact)} --images PATH",
+        "images": f"vitq profile MODEL --images {shlex.quote(artifact)}",
+        "profile": in_folder("vitq allocate --budget 4.0", Path(artifact), PROFILE),
+        "staircase": in_folder("vitq allocate --budget 4.0", folder / PROFILE, PROFILE),
+        "latency table": in_folder("vitq allocate --budget latency=4.0ms", folder / PROFILE, PROFILE),
+        "plan": in_folder("vitq calibrate", Path(artifact), PLAN),
+        "calibrated model": in_folder("vitq export", Path(artifact), CHECKPOINT),
+        "exported model": f"vitq evaluate {shlex.quote(artifact)} --images PATH",
+    }
+    return commands.get(
+        head["kind"], in_folder("vitq report", (Path(artifact) if head["kind"] == "run folder" else folder) / REPORT, REPORT)
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,7 @@ def _read(artifact: str, loading: "LoadingOptions") -> Shown:
 
 def _read_json(path: Path) -> Shown:
     from vitq.artifacts import BitPlan, Staircase, load_plan, load_profile, load_staircase
+    from vitq.latency import LatencyTable, load_latency_table
 
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))
@@ -116,9 +141,23 @@ def _read_json(path: Path) -> Shown:
         staircase = load_staircase(path)
         what = f"staircase: metric {staircase.metric}, objective {staircase.objective}, {len(staircase.plans)} plans"
         return Shown({"kind": "staircase"} | staircase.model_dump(mode="json"), [], tables=[what, staircase_table(staircase)])
+    if (result := saved_result(path)) is not None:
+        what, content, tables = result
+        return Shown({"kind": what} | content, [], tables=[*tables])
+    if isinstance(kind, dict) and kind.get("format") == LatencyTable.model_fields["format"].default:
+        table = load_latency_table(path)
+        return Shown({"kind": "latency table"} | table.model_dump(mode="json"), [], tables=[*_latency_lines(table), timing_table(table)])
     profile = load_profile(path)
     head = _head("profile", profile.model, profile.made_from) | {"costs": {n: t.model_dump(mode="json") for n, t in profile.costs.items()}}
     return Shown(head, layer_rows(profile.layers), profile)
+
+
+def _latency_lines(table: "LatencyTable") -> list[str]:
+    batch = "one image at a time" if table.batch == 1 else f"batches of {table.batch}"
+    lines = [f"latency table: {table.architecture}, {batch}, {table.threads} threads; {table.rest_ms:.4g} ms beside the layers"]
+    if processor := table.made_from.get("processor"):
+        lines.append(f"measured on {processor}")
+    return [_filled(line) for line in lines]
 
 
 def _images(path: Path) -> Shown | None:
@@ -200,4 +239,6 @@ def _lines(found: Shown) -> list[str]:
 
 
 def _filled(line: str) -> str:
-    return textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    from rich.console import Console
+
+    return textwrap.fill(line, Console().width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

@@ -84,11 +84,4 @@ def synthesize(
     if made.steps < iterations:
         terminal.note(f"{made.steps} of {iterations} steps fit in {max_minutes:g} minutes; --max-minutes gives more time")
     terminal.result(document, *lines, *([] if preview is None else [f"wrote {preview}"]), f"wrote {path}")
-    terminal.next(shlex.join(["vitq", "profile", model, *_given(arch, num_classes, img_size, model_kwargs), "--images", str(path)]))
-
-
-def _given(arch: str | None, num_classes: int | None, img_size: int | None, model_kwargs: list[str] | None) -> list[str]:
-    """The options that the next command needs too, to load the same model."""
-    single = {"--arch": arch, "--num-classes": num_classes, "--img-size": img_size}
-    words = [word for option, value in single.items() if value is not None for word in (option, str(value))]
-    return [*words, *(word for text in model_kwargs or () for word in ("--model-kwargs", text))]
+    terminal.next(shlex.join(["vitq", "profile", model, *options.loading_words(loading), "--images", str(path)]))

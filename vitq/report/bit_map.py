@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitq import grid
 from vitq.allocation.summary import summarize_plan
 from vitq.artifacts import WIDTHS, Profile
-from vitq.report import grid
 from vitq.report.findings import Findings, Lacking
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitq import grid
 from vitq.artifacts import BitPlan
-from vitq.report import grid
 from vitq.report.bit_map import Bits, sums
 from vitq.report.findings import Findings, Lacking
 
