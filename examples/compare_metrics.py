@@ -2,6 +2,8 @@
 
     python examples/compare_metrics.py MODEL CALIBRATION_IMAGES TEST_IMAGES [--metrics ...] [--averages 2.5 3.0 3.5 4.0] [--seeds 0 1 2]
 
+Without arguments: a few metrics on the model and the images that come with vitq, in minutes.
+
 Each seed draws its own calibration images; profile, plan and recipe `fast` use the same ones, and the exported file is measured in
 onnxruntime. Prints a Markdown table: for each metric and average of bits the KL from the float model (nats per image), agreement and
 top-1, means over the seeds with the 95 % interval over the test images and the seeds' own values; the last column is the difference in
@@ -11,6 +13,7 @@ tied costs with its costs follows. `--keep FOLDER` keeps profiles and each plan'
 
 import argparse
 import hashlib
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,6 +36,8 @@ from vitq.onnx_file import export
 from vitq.ranges import Histogram
 from vitq.rewrites import prepare
 
+DATA = Path(__file__).parents[1] / "vitq" / "demo_data"
+
 Observed = tuple[Graph, dict[str, Histogram], dict[str, Tensor]]
 """The folded graph, histograms of its activations, covariances of its linears' inputs."""
 
@@ -40,15 +45,17 @@ Observed = tuple[Graph, dict[str, Histogram], dict[str, Tensor]]
 def main() -> None:
     """Prints both tables, the first one line by line as its plans are measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("test")
+    parser.add_argument("model", nargs="?", default=DATA / "vit_cifar10")
+    parser.add_argument("calibration", nargs="?", default=DATA / "calibration.tar")
+    parser.add_argument("test", nargs="?", default=DATA / "test.tar")
     parser.add_argument("--metrics", nargs="+", default=list(METRICS))
     parser.add_argument("--averages", nargs="+", default=["2.5", "3.0", "3.5", "4.0"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--test-images", type=int)
     parser.add_argument("--keep", type=Path)
+    if len(sys.argv) == 1:
+        parser.set_defaults(metrics=["output-fisher", "sqnr", "random"], averages=["3.0"], seeds=[0], num_images=64, test_images=400)
     arguments = parser.parse_args()
     model = load(arguments.model)
     names = model.label_names

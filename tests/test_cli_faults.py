@@ -266,7 +266,32 @@ def test_an_interruption_is_130_and_leaves_nothing(session: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vitq.calibration.calibrate", interrupted)
-    refused(session, 130, "calibrate", "--force")
+    said = refused(session, 130, "calibrate", "--force")
+    assert said.splitlines()[-1] == "vitq: interrupted; nothing half-written is left; the same command again begins anew"
+
+
+def test_an_interrupted_sensitivity_says_that_it_goes_on(session: Path, monkeypatch: pytest.MonkeyPatch):
+    from vitq.importance import sensitivity as metric
+
+    asked, losses = [], metric._per_image
+
+    def interrupted(*arguments):
+        asked.append(1)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return losses(*arguments)
+
+    command = ("profile", "model", "--images", "images", "--num-images", 4, "--metric", "sensitivity", "--bits", "4", "--force")
+    monkeypatch.setattr("vitq.importance.sensitivity._per_image", interrupted)
+    stopped = vitq(*command, folder=session)
+    journal = "vitq-run/.profile.journal.jsonl"
+    assert stopped.code == 130 and f"kept in {journal}; the same command again goes on there" in stopped.err
+    assert (session / journal).is_file()
+    before = len(asked)
+    assert vitq(*command, folder=session).code == 0 and not (session / journal).exists()
+    again = len(asked) - before
+    assert vitq(*command, "--no-resume", folder=session).code == 0
+    assert again == len(asked) - before - again - 4  # four results were read, not computed
 
 
 def test_a_fault_of_ours_is_a_traceback_and_1(session: Path):

@@ -8,7 +8,7 @@ Left out: staircases over size or BitOps alone, whose values every step has besi
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -22,8 +22,11 @@ from vitq.errors import UsageError
 GAP = 1e-3
 STEP = Fraction(1, 10)
 
+Progress = Callable[[float, float, str], None]
+"""Is told the work done, all of it, and what is done."""
 
-def pareto(profile: Profile, wishes: Wishes | None = None, gap: float | None = None) -> dict[str, Any]:
+
+def pareto(profile: Profile, wishes: Wishes | None = None, gap: float | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """The best plan for each average of bits.
 
     Args:
@@ -31,6 +34,7 @@ def pareto(profile: Profile, wishes: Wishes | None = None, gap: float | None = N
         wishes: as for `allocate`, with its errors. A preset takes all widths, as none is named; with `paper_parity` the papers' layers
             have the whole bits of each step's average.
         gap: (objective - bound) / |objective| at which to stop with each plan; by default `GAP`.
+        progress: called with (steps done, all of them, what is done).
 
     Returns:
         A JSON document: `plans`, cheapest budget first, each with `budget` (average bits), `average_weight_bits`,
@@ -50,7 +54,10 @@ def pareto(profile: Profile, wishes: Wishes | None = None, gap: float | None = N
         return searches[level]
 
     plans: list[dict[str, Any]] = []
-    for average in _averages(search):
+    averages = _averages(search)
+    for done, average in enumerate(averages):
+        if progress:
+            progress(done, len(averages), f"{float(average):.1f} bits")
         text, here = f"{float(average):.2f}", at(int(average))
         solution = here.solve(here.limits([text]), GAP if gap is None else gap)
         if solution is not None and (not plans or solution.objective < plans[-1]["objective"]):

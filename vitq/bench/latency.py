@@ -50,13 +50,16 @@ def latencies(files: Sequence[Path], images: Tensor, rounds: int | None = 100, w
     return interleaved([call(session, [array]) for session in sessions], rounds, warmup)
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], rounds: int | None = None, warmup: int = 5) -> list[Latency]:
+def interleaved(
+    calls: Sequence[Callable[[], Any]], rounds: int | None = None, warmup: int = 5, progress: Callable[[int, int], None] | None = None
+) -> list[Latency]:
     """Times calls in turn, one of each a round.
 
     Args:
         calls: what to time.
         rounds: timed rounds; None for so many that they take `SECONDS` a call, from `FEWEST` to `MOST`.
         warmup: rounds before these, at least 1.
+        progress: called between the rounds with (rounds done, all of them).
     """
     milliseconds: list[list[float]] = [[] for _ in calls]
     for _ in range(warmup):
@@ -66,7 +69,9 @@ def interleaved(calls: Sequence[Callable[[], Any]], rounds: int | None = None, w
         seconds = time.perf_counter() - started
     if rounds is None:
         rounds = max(FEWEST, min(MOST, round(SECONDS * len(calls) / max(seconds, 1e-9))))
-    for _ in range(rounds):
+    for done in range(rounds):
+        if progress:
+            progress(done, rounds)
         for timed, measured in zip(calls, milliseconds, strict=True):
             started = time.perf_counter()
             timed()

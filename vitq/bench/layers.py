@@ -20,7 +20,7 @@ import numpy as np
 
 from vitq import __version__
 from vitq.artifacts import WIDTHS, Bits, ModelSpec
-from vitq.bench.compare import noise
+from vitq.bench.compare import Progress, noise
 from vitq.bench.latency import call, interleaved
 from vitq.errors import InputError
 from vitq.graph import Graph, capture
@@ -37,7 +37,7 @@ FORMS: dict[Bits, tuple[Bits, ...]] = {WIDE: (8,), NARROW: (2, 3, 4, 5, 6, 7)}
 """The activation widths that are measured, and those that each stands for."""
 
 
-def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None = None) -> LatencyTable:
+def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None = None, progress: Progress | None = None) -> LatencyTable:
     """Measures a model's layers and what is left beside them.
 
     Args:
@@ -45,6 +45,7 @@ def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None 
         batch: images a run.
         threads: of each run, at least 1.
         rounds: timed runs of each file; None for as many as `latency.SECONDS` allow.
+        progress: called with (rounds done, all of them, what is done).
 
     Returns:
         The table; its `made_from["whole_ms"]` has the milliseconds of whole models: at 8 bits and below, as measured, and of the one whose
@@ -64,7 +65,12 @@ def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None 
         for _, alone in forms.values()
         for file in alone
     ]
-    overhead, wide, narrow, measured, *medians = (found.median_ms for found in interleaved(runs, rounds))
+
+    def told(done: int, whole: int) -> None:
+        if progress:
+            progress(done, whole, f"{len(runs)} files")
+
+    overhead, wide, narrow, measured, *medians = (found.median_ms for found in interleaved(runs, rounds, progress=told))
     kinds = forms[WIDE][1]  # the kinds of layers are the same, in the same order, in every form
     at_wide, at_narrow = (np.maximum(0, np.array(part) - overhead) for part in (medians[: len(kinds)], medians[len(kinds) :]))
     counts = np.array([len(file.layers) for file in kinds])

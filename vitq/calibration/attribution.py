@@ -48,8 +48,6 @@ def attribute(checkpoint: Checkpoint, batches: Batches, seed: int = 0, probe: Pr
 
     probe = probe or pair_for(checkpoint.plan.model.num_classes)
     for images, _ in batches:
-        if taken >= IMAGES:
-            break
         taken += len(images)
 
         def visit(traced: LayerTrace, count: int = len(images)) -> None:
@@ -64,6 +62,8 @@ def attribute(checkpoint: Checkpoint, batches: Batches, seed: int = 0, probe: Pr
             count += images
 
         trace(checkpoint.floats, images, probe, generator, visit, end)
+        if taken >= IMAGES:
+            break
     return {name: _error(found.tolist(), count) for name, found in sums.items()}
 
 

@@ -1,7 +1,9 @@
 """`vitq allocate`: the cheapest plan that the budgets allow, into plan.json."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from vitq.allocation import Wishes
     from vitq.allocation.allocate import Search
-    from vitq.artifacts import Profile
+    from vitq.artifacts import BitPlan, Profile
     from vitq.trials import Audit, Judge, Refinement
     from vitq.trials.refine import Errors
 
@@ -124,32 +126,46 @@ def allocate(
 
     wishes = Wishes(metric, options.parse_bits(bits), bits_apart, tuple(fixed or ()), paper_parity, objective, gamma, preset)
     if pareto is not None:
-        staircase, lines = _write_staircase(pareto, found, wishes, gap, force)
+        staircase, lines = _write_staircase(pareto, found, wishes, gap, force, terminal)
         if alone:
             terminal.result(staircase, *lines)
             terminal.next(in_folder("vitq allocate --budget 4.0", profile or folder / PROFILE, PROFILE))
             return
         terminal.note("\n".join(lines))
-    chosen = choose(found, budget or (), uniform=uniform, gap=gap, latencies=latencies, **vars(wishes))
+    with terminal.waiting("allocate"):
+        chosen = choose(found, budget or (), uniform=uniform, gap=gap, latencies=latencies, **vars(wishes))
     measured: list[Any] = []
     if refine or audit:
         reading = Reading(images, num_images, seed, batch_size, workers)
         memory = Memory(found.made_from, profile or folder / PROFILE)
         search = lay_out(found, wishes, budget or (), latencies=latencies)
-        judge, errors = _judge(search, budget or (), memory, model, reading, held_out or (_AUDITED if audit else None), device, terminal)
-        if refine:
-            chosen, steps = judge.refined(chosen, errors())
-            measured += refinement_lines(steps)
-        if audit:
-            audited = judge.audited(chosen, audit, seed or 0)
-            chosen = replace(chosen, report=chosen.report | {"audit": vars(audited) | {"ratio": audited.ratio}})
-            measured.append(audit_table(audited))
+        number = held_out or (_AUDITED if audit else None)
+        with _counting(terminal, refine, audit) as count:
+            judge, errors = _judge(search, budget or (), memory, model, reading, number, device, terminal, count)
+            if refine:
+                chosen, steps = judge.refined(chosen, errors())
+                measured += refinement_lines(steps)
+            if audit:
+                audited = judge.audited(chosen, audit, seed or 0)
+                chosen = replace(chosen, report=chosen.report | {"audit": vars(audited) | {"ratio": audited.ratio}})
+                measured.append(audit_table(audited))
     plan = chosen.plan.model_copy(update={"made_from": chosen.plan.made_from | {"profile": digest_of(found)}})
     save(plan, path, force)
     unit = found.costs[plan.made_from["allocation"]["metric"]].unit
     table = [plan_table(plan, found.layers)] if verbose else [] if quiet else plan_map(plan, found.layers)
     terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
     terminal.next(in_folder("vitq calibrate", path, PLAN))
+
+
+@contextmanager
+def _counting(terminal: Terminal, refine: bool, audit: int) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called before each plan that is measured: the chosen one, those tried, random ones and the uniform one."""
+    from vitq.trials.refine import MOST_STEPS
+
+    most = (1 + MOST_STEPS if refine else 0) + (audit + 2 if audit else 0)
+    done = count()
+    with terminal.working("measure", f"{most} plans at most") as progress:
+        yield lambda: progress(next(done), most, "plans")
 
 
 def _judge(
@@ -161,6 +177,7 @@ def _judge(
     num_held_out: int | None,
     device: str,
     terminal: Terminal,
+    counted: Callable[[], None],
 ) -> "tuple[Judge, Callable[[], Errors]]":
     """What plans are measured with: quantizers fitted to the profile's images, losses on others of the same source where it has others."""
     options.usable_device(device)
@@ -173,7 +190,12 @@ def _judge(
     )
     terminal.note(f"measuring plans on {held_out.num_listed} images ...")
     trials = Trials.of(loaded, fitting, held_out, device)
-    judge = Judge(search, budgets, trials.losses)
+
+    def losses(plan: "BitPlan") -> list[float]:
+        counted()
+        return trials.losses(plan)
+
+    judge = Judge(search, budgets, losses)
     return judge, lambda: layer_errors(trials.graph, trials.histograms, trials.covariances, fitting, search.candidates)
 
 
@@ -202,7 +224,9 @@ def audit_table(found: "Audit") -> "Table":
     return table
 
 
-def _write_staircase(path: Path, profile: "Profile", wishes: "Wishes", gap: float | None, force: bool) -> tuple[dict[str, Any], list[str]]:
+def _write_staircase(
+    path: Path, profile: "Profile", wishes: "Wishes", gap: float | None, force: bool, terminal: Terminal
+) -> tuple[dict[str, Any], list[str]]:
     """Writes the staircase and its picture; (the staircase, what to say)."""
     from vitq.allocation import as_json, draw, pareto
     from vitq.artifacts import refuse_existing, write_whole
@@ -212,7 +236,8 @@ def _write_staircase(path: Path, profile: "Profile", wishes: "Wishes", gap: floa
     picture = path.with_suffix(".svg")
     for file in (path, picture):
         refuse_existing(file, force)
-    staircase = pareto(profile, wishes, gap)
+    with terminal.working("staircase", "a plan at every tenth of a bit") as progress:
+        staircase = pareto(profile, wishes, gap, progress)
     write_whole(path, lambda temporary: temporary.write_text(as_json(staircase), encoding="utf-8"))
     try:
         drawn = draw(staircase, "svg")

@@ -4,8 +4,9 @@ What loads torch is imported inside the commands, so that `vitq --help` answers 
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,22 @@ from vitq.cli.show import show
 from vitq.cli.synthesize import synthesize
 from vitq.errors import VitqError
 
+
+def going_on(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which after Ctrl-C says how to go on and ends with 130."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt as interruption:
+            kept = getattr(interruption, "__notes__", ["nothing half-written is left; the same command again begins anew"])
+            print(f"vitq: interrupted; {'; '.join(kept)}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
 app = typer.Typer(
     name="vitq",
     no_args_is_help=True,
@@ -30,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (profile, allocate, calibrate, export, evaluate, bench, report, synthesize, show, doctor, demo):
-    app.command()(command)
+    app.command()(going_on(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -82,11 +82,16 @@ def bench(
             made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitq-")))
             terminal.note("baselines: float32, quantize_dynamic, quantize_static")
             measured |= _baselines(files[0], folder, reference, images, made)
-        terminal.note(f"latency: {len(measured)} files in turn, {threads} threads, batch {', '.join(map(str, batches))}")
-        rows = compare(measured, batches, threads, rounds)
-        terminal.note("load time and memory: each file in a process of its own")
+        with terminal.working(
+            "latency", f"{len(measured)} files in turn, {threads} threads, batch {', '.join(map(str, batches))}"
+        ) as progress:
+            rows = compare(measured, batches, threads, rounds, progress)
         shapes = {name: input_shape(open_session(file, threads), name, batches[0]) for name, file in measured.items()}
-        footprints = {name: footprint(file, shapes[name], threads) for name, file in measured.items()}
+        footprints = {}
+        with terminal.working("load time and memory", "each file in a process of its own") as progress:
+            for done, (name, file) in enumerate(measured.items()):
+                progress(done, len(measured), name)
+                footprints[name] = footprint(file, shapes[name], threads)
         sizes = {name: file.stat().st_size for name, file in measured.items()}
     loaded = [{"name": name, "batch": batches[0], "file_bytes": sizes[name], **asdict(found)} for name, found in footprints.items()]
     document = {"results": [asdict(row) for row in rows], "files": loaded}
@@ -106,8 +111,9 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
     found = load_profile(profile)
     from vitq.bench.layers import latency_table
 
-    terminal.note(f"layers of {found.model.architecture}, alone and together: {threads} threads, batch {batch}")
-    table = latency_table(found.model, batch, threads, rounds)
+    what = f"of {found.model.architecture}, alone and together: {threads} threads, batch {batch}"
+    with terminal.working("layers", what) as progress:
+        table = latency_table(found.model, batch, threads, rounds, progress)
     table.check(found.layers, found.model.graph_digest)
     save(table, path, force=True)
     whole = table.made_from["whole_ms"]

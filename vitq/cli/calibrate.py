@@ -20,10 +20,11 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
+from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.layer_table import worst
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import in_minutes, in_units
+from vitq.units import in_units
 
 RECIPE_HELP = (
     "fast: minutes, no gradients; reconstruct: the most accurate; "
@@ -42,9 +43,7 @@ def calibrate(
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="reconstruct: say how long it takes, in how much memory and disk, and stop.")
-    ] = False,
+    dry_run: options.DryRun = False,
     model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
     num_images: options.NumImages = None,
     seed: options.Seed = None,
@@ -68,8 +67,6 @@ def calibrate(
     if plan is None:
         refuse_stale_plan(chosen, source)
     refuse_missing_sources(model, images)
-    if dry_run and recipe != "reconstruct":
-        raise UsageError(f"--dry-run is for --recipe reconstruct; recipe {recipe} takes minutes")
     if iterations is not None and recipe not in LEARNING:
         raise UsageError(f"--iterations is for --recipe {' or '.join(LEARNING)}; recipe {recipe} takes minutes")
     path = output_path(output, folder, CHECKPOINT, force or dry_run)
@@ -78,12 +75,14 @@ def calibrate(
     from vitq.calibration import LEARNING as DEFAULTS
     from vitq.calibration import calibrate as fit
     from vitq.calibration import expected
+    from vitq.calibration.attribution import IMAGES as ATTRIBUTED
     from vitq.checkpoint import save
     from vitq.quantizers import LogGrid, Uniform
 
     started = time.perf_counter()
     reading = Reading(images, num_images, seed, batch_size, workers)
-    loaded = memory.model(model, "--model")
+    with terminal.waiting("load the model"):
+        loaded = memory.model(model, "--model")
     opened, remembered = memory.images(reading, loaded.data_config, loaded.label_names)
     terminal.preprocessing(loaded.data_config, chosen.model.data_config)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
@@ -92,12 +91,19 @@ def calibrate(
         scratch, default = path.with_name(f".{path.stem}.scratch"), DEFAULTS[recipe]
         learning = replace(default, iterations=iterations or default.iterations, seed=remembered.seed, scratch=scratch)
     if dry_run:
-        found = expected(loaded, chosen, opened, device, learning)
-        what = f"recipe {recipe} would take about {in_minutes(found.seconds)} on {opened.num_listed} images"
-        size = f"{in_units(found.memory_bytes, 'B')} of memory and {in_units(found.disk_bytes, 'B')} of disk, under {scratch}"
-        terminal.result({"recipe": recipe, "num_images": opened.num_listed} | asdict(found), what, size)
+        if learning is not None:  # steps on blocks, not passes over images: from the time of one pass
+            found = {"num_images": opened.num_listed} | asdict(expected(loaded, chosen, opened, device, learning))
+        else:
+            few = min(trial_size(batch_size, ATTRIBUTED), opened.num_listed)
+            sample, _ = memory.images(replace(reading, num_images=few), loaded.data_config, loaded.label_names)
+
+            def work(folder: Path) -> None:
+                save(fit(loaded, chosen, sample, recipe, device, symmetric), folder / CHECKPOINT)
+
+            found = tried(terminal, work, sample, opened.num_listed, started)
+        say_estimate(terminal, f"recipe {recipe}", {"recipe": recipe} | found, f"under {scratch or path.parent}")
         return
-    with terminal.watching(opened, "calibrate") as progress:
+    with terminal.keeping(scratch or path), terminal.watching(opened, "calibrate") as progress:
         checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric, learning, progress)
     calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
     save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)

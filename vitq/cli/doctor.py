@@ -38,7 +38,8 @@ def doctor(
     from vitq.artifacts import write_whole
     from vitq.doctor import PATTERNS, try_forms, versions
 
-    forms, machine = try_forms(), processor()
+    with terminal.waiting("try every form"):
+        forms, machine = try_forms(), processor()
     remarks = _remarks(forms, machine)
     document = {
         "versions": {"python": platform.python_version()} | versions(),

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from vitq.cli.chain import (
     refuse_missing_artifact,
     refuse_missing_sources,
 )
+from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
 
@@ -50,6 +52,7 @@ def evaluate(
     model_kwargs: options.ModelKwargs = None,
     num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset. (default: all)")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Chooses the subset of the images.")] = 0,
+    dry_run: options.DryRun = False,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = 0,
     device: options.Device = "cpu",
@@ -85,8 +88,10 @@ def evaluate(
     from vitq.accuracy import evaluate as measure
     from vitq.images import open_images
 
-    subject = _open(artifact, loading, device)
-    float_model = _reference(subject, reference, loading, run_dir)
+    started = time.perf_counter()
+    with terminal.waiting("load"):
+        subject = _open(artifact, loading, device)
+        float_model = _reference(subject, reference, loading, run_dir)
     opened = open_images(images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
     counted = _labels_fit(opened, subject.num_classes)
     _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
@@ -94,9 +99,20 @@ def evaluate(
     if not counted and subject.num_classes:
         terminal.note(f"{images} has no labels for {subject.num_classes} classes, so there is no top-1 accuracy")
     runnable = None if float_model is None else on_device(float_model.module, device)
+
+    def measured(images: "Images") -> "Evaluation":
+        batches = ((batch, labels if counted else None) for batch, labels in images)
+        return measure(subject.runnable, batches, runnable, subject.num_classes > 0)
+
+    if dry_run:
+        few = min(trial_size(batch_size), opened.num_listed)
+        sample = open_images(images, subject.data_config, few, seed, batch_size, workers, subject.label_names)
+        say_estimate(
+            terminal, "evaluate", tried(terminal, lambda _: measured(sample), sample, opened.num_listed, started), "for its result"
+        )
+        return
     with terminal.watching(opened, "evaluate"):
-        batches = ((batch, labels if counted else None) for batch, labels in opened)
-        found = measure(subject.runnable, batches, runnable, subject.num_classes > 0)
+        found = measured(opened)
     document = flat(found) | verified
     folder = run_dir or subject.folder
     saved = folder if output is None and folder is not None and (folder / PROFILE).is_file() else None

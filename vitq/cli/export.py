@@ -1,6 +1,7 @@
 """`vitq export`: the calibrated model as a verified ONNX file, model.onnx."""
 
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -18,11 +19,13 @@ from vitq.cli.chain import (
     refuse_stale_checkpoint,
     run_folder,
 )
+from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
 from vitq.units import in_units
 
 if TYPE_CHECKING:
+    from vitq.images import Images
     from vitq.onnx_file import ExportReport, Storage
 
 
@@ -45,6 +48,7 @@ def export(
     opset: Annotated[int, typer.Option("--opset", help="Of ONNX, 21 to 25.")] = 21,
     batch: Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="How many images the file takes at once.")] = "dynamic",
     card: Annotated[bool, typer.Option("--card", help="Also README.md beside the file: a model card.")] = False,
+    dry_run: options.DryRun = False,
     seed: options.Seed = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = 0,
@@ -64,36 +68,41 @@ def export(
     source = checkpoint or folder / CHECKPOINT
     refuse_missing(source, "vitq calibrate")
     refuse_missing_sources(None, images)
-    path = output_path(output, folder, ONNX, force)
+    path = output_path(output, folder, ONNX, force or dry_run)
     fixed = _fixed_batch(batch)
     card_path = path.with_name("README.md")
     if card:
-        refuse_existing(card_path, force)
+        refuse_existing(card_path, force or dry_run)
     options.usable_device(device)
     from vitq.checkpoint import load
     from vitq.onnx_file import export as write
     from vitq.onnx_file.card import model_card
     from vitq.runtime import INT8_ALLOWED
 
-    calibrated = load(source, device)
+    started = time.perf_counter()
+    with terminal.waiting("load the calibrated model"):
+        calibrated = load(source, device)
     if checkpoint is None:
         refuse_stale_checkpoint(calibrated, source)
     spec = calibrated.plan.model
     memory = Memory(calibrated.made_from | calibrated.made_from.get("calibration", {}), source)
-    opened, _ = memory.images(Reading(images, num_images, seed, batch_size, workers), spec.data_config, spec.label_names)
+    reading = Reading(images, num_images, seed, batch_size, workers)
+    opened, _ = memory.images(reading, spec.data_config, spec.label_names)
     terminal.preprocessing(spec.data_config, spec.data_config)
     terminal.detail(f"images {opened.source}, sha256 of the list {opened.digest}")
+
+    def written(images: "Images", place: Path) -> "ExportReport":
+        forms = {"attention_int8": attention_int8, "opset": opset, "batch": fixed}
+        return write(calibrated, place, (given for given, _ in images), cast("Storage", storage), force, **forms)
+
+    if dry_run:
+        few = min(trial_size(batch_size), opened.num_listed)
+        sample, _ = memory.images(replace(reading, num_images=few), spec.data_config, spec.label_names)
+        found = tried(terminal, lambda folder: written(sample, folder / ONNX), sample, opened.num_listed, started)
+        say_estimate(terminal, "export", found, f"in {path.parent}")
+        return
     with terminal.watching(opened, "verify"):
-        report = write(
-            calibrated,
-            path,
-            (given for given, _ in opened),
-            cast("Storage", storage),
-            force,
-            attention_int8=attention_int8,
-            opset=opset,
-            batch=fixed,
-        )
+        report = written(opened, path)
     if card:
         text = model_card(calibrated, report, path.name, INT8_ALLOWED if attention_int8 else {}, fixed)
         write_whole(card_path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

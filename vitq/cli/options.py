@@ -42,6 +42,7 @@ RunDir = Annotated[
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="The file to write. (default: the usual name in the run folder)")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Try it on two batches, say what time, memory and disk all of it takes, and stop.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the result and faults.")]
 

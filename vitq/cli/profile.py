@@ -11,6 +11,7 @@ from vitq.choices import FisherLabels, LrpAggregate, LrpRules, LrpTarget, Sensit
 from vitq.cli import completion, options
 from vitq.cli.bit_map import cost_map
 from vitq.cli.chain import PROFILE, in_folder, output_path, refuse_missing_sources, run_folder
+from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.layer_table import cost_table
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
@@ -61,6 +62,7 @@ def profile(
     explain: Annotated[
         Path | None, typer.Option("--explain", help="No profile, but a heat map of what in this IMAGE speaks for the model's answer.")
     ] = None,
+    dry_run: options.DryRun = False,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = 0,
     device: options.Device = "cpu",
@@ -76,7 +78,7 @@ def profile(
     from vitq.artifacts import MetricOptions, save
 
     refuse_missing_sources(model, images, arch)
-    path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force)
+    path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force or dry_run)
     widths = options.parse_bits(bits) or []
     chosen = MetricOptions(
         lrp_rules=lrp_rules,
@@ -102,11 +104,21 @@ def profile(
     from vitq.models import load
 
     started = time.perf_counter()
-    loaded = load(model, **loading.model_dump())
+    with terminal.waiting("load the model"):
+        loaded = load(model, **loading.model_dump())
     opened = open_images(images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
     terminal.preprocessing(loaded.data_config)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
-    with terminal.watching(opened, "profile"):
+    if dry_run:
+        few = min(trial_size(batch_size), opened.num_listed)
+        sample = open_images(images, loaded.data_config, few, seed, batch_size, workers, loaded.label_names)
+
+        def work(folder: Path) -> None:
+            save(price(loaded, sample, metric or [DEFAULT_METRIC], widths, seed, device, chosen, folder / "journal"), folder / PROFILE)
+
+        say_estimate(terminal, "profile", tried(terminal, work, sample, opened.num_listed, started), f"in {path.parent}")
+        return
+    with terminal.keeping(journal), terminal.watching(opened, "profile"):
         found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device, chosen, journal)
     found = remembering(found, loaded, loading, opened, seed)
     save(found, path, force)

@@ -69,7 +69,8 @@ def report(
     refuse_missing_sources(model, images)
     path = output_path(output, folder, REPORT, force)
     started = time.perf_counter()
-    document = write_report(folder, path, model, images)
+    with terminal.waiting("report"):
+        document = write_report(folder, path, model, images)
     lines = [f"{part['title']} is left out: {part['why'] or part['command']}" for part in document["left_out"]] if verbose else []
     seconds = time.perf_counter() - started
     lines.append(f"wrote {path} ({in_units(document['file_bytes'], 'B')}), {len(document['sections'])} parts, in {seconds:.1f} s")

@@ -10,8 +10,11 @@ import typer
 from vitq import __version__
 from vitq.cli import options
 from vitq.cli.chain import IMAGES, output_path, refuse_missing_sources, run_folder
+from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
+
+_TRIED = 4  # steps of a dry run; the first ones are slower
 
 
 def synthesize(
@@ -30,6 +33,9 @@ def synthesize(
     model_kwargs: options.ModelKwargs = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise, the classes and all else that is random.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images made together; a batch that is done is kept.")] = 8,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try some steps, say what time, memory and disk all of it takes, and stop.")
+    ] = False,
     device: options.Device = "cpu",
     run_dir: options.RunDir = None,
     output: options.Output = None,
@@ -41,11 +47,11 @@ def synthesize(
     """Make calibration images from the model alone, where there are no real ones."""
     terminal = Terminal(quiet, verbose, as_json)
     refuse_missing_sources(model, None, arch)
-    path = output_path(output, run_folder(run_dir), IMAGES, force)
+    path = output_path(output, run_folder(run_dir), IMAGES, force or dry_run)
     if path.suffix != ".safetensors":
         raise UsageError(f"{path} would not be read as images; give -o a name that ends in .safetensors")
     if preview is not None:
-        output_path(preview, Path(), "", force)
+        output_path(preview, Path(), "", force or dry_run)
     loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
     from vitq.artifacts import refuse_existing
@@ -56,10 +62,28 @@ def synthesize(
     from vitq.synthesize import synthesize as make
 
     started = time.perf_counter()
-    loaded = load(model, **loading.model_dump())
+    with terminal.waiting("load the model"):
+        loaded = load(model, **loading.model_dump())
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}")
+    if dry_run:
+        told: list[float] = []
+
+        def work(folder: Path) -> None:
+            few, steps = min(batch_size, num_images), min(_TRIED, iterations)
+            made = make(loaded, few, seed, folder / "scratch", 60, steps, batch_size, device, lambda *_: told.append(time.perf_counter()))
+            save(framed(made.pictures, loaded.data_config), made.labels, {}, folder / IMAGES)
+
+        found = trial(terminal, work, f"{_TRIED} steps", started)
+        batches = num_images / min(batch_size, num_images)
+        more = (told[-1] - told[-2] if len(told) > 1 else 0.0) * (iterations * batches - len(told))
+        seconds = min(found["seconds"] + more, max(60 * max_minutes, found["seconds"]))
+        disk = round(batches * found["disk_bytes"])
+        say_estimate(
+            terminal, "synthesize", found | {"num_images": num_images, "seconds": seconds, "disk_bytes": disk}, f"in {path.parent}"
+        )
+        return
     scratch = path.with_name(f".{path.stem}.scratch")
-    with terminal.working("synthesize", f"{num_images} images") as progress:
+    with terminal.keeping(scratch), terminal.working("synthesize", f"{num_images} images") as progress:
         made = make(loaded, num_images, seed, scratch, max_minutes, iterations, batch_size, device, progress)
     source = ModelSource(source=loaded.source, digest=loaded.digest, options=loading)
     how = {"num_images": num_images, "seed": seed, "iterations": made.steps, "batch_size": batch_size, "vitq": __version__}

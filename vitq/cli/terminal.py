@@ -6,13 +6,11 @@ Colours, widths and NO_COLOR are rich's business; in a pipe there is no colour a
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from vitq.units import in_minutes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -86,30 +84,52 @@ class Terminal:
             yield _work(progress, bar, what)
 
     @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Shows that something goes on whose end is not known, and for how long; on a terminal only."""
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
+            progress.add_task(what, total=None)
+            yield
+
+    @contextmanager
+    def keeping(self, path: Path) -> Iterator[None]:
+        """Around work that leaves what is done at `path` when it is interrupted, and goes on from there."""
+        try:
+            yield
+        except KeyboardInterrupt as interruption:
+            if path.exists():
+                interruption.add_note(f"what is done is kept in {path}; the same command again goes on there")
+            raise
+
+    @contextmanager
     def _bar(self, what: str, total: int, on: str) -> "Iterator[tuple[Progress, TaskID]]":
         from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
         if not console.is_terminal:
             self.note(f"{what}: {on} ...")
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
+        columns = (
+            *Progress.get_default_columns()[:2],
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        # The speed is that of an hour: a step may take minutes from one report to the next.
+        with Progress(
+            *columns, console=console, transient=True, speed_estimate_period=3600, disable=self.quiet or not console.is_terminal
+        ) as progress:
             yield progress, progress.add_task(what, total=total)
 
 
 def _work(progress: "Progress", bar: "TaskID", what: str) -> Callable[[float, float, str], None]:
-    """What shows (work done, all of it, its name) in a bar, with the time that is left."""
-    started: list[tuple[float, float]] = []
-
-    def work(done: float, whole: float, name: str) -> None:
-        now = time.monotonic()
-        started[:] = started or [(now, done)]
-        rate = (done - started[0][1]) / max(now - started[0][0], 1e-9)
-        left = f", {in_minutes((whole - done) / rate)} left" if rate > 0 else ""
-        progress.update(bar, description=f"{what} {name}{left}", completed=round(100 * done / whole), total=100)
-
-    return work
+    """What shows (work done, all of it, its name) in a bar."""
+    return lambda done, whole, name: progress.update(bar, description=f"{what} {name}", completed=100 * done / whole, total=100)
 
 
 def json_text(document: dict[str, Any]) -> str:

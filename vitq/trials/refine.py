@@ -51,7 +51,11 @@ class Refinement:
     steps: tuple[Step, ...]
 
 
-def refine(start: Bits, moves: Moves, errors: Errors, measure: Loss, patience: int = 4, most_steps: int = 40) -> Refinement:
+MOST_STEPS = 40
+"""How many pairs are tried, unless told otherwise."""
+
+
+def refine(start: Bits, moves: Moves, errors: Errors, measure: Loss, patience: int = 4, most_steps: int = MOST_STEPS) -> Refinement:
     """Updates a plan as long as that lowers its measured loss.
 
     Args:

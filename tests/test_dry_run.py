@@ -1,0 +1,75 @@
+"""`--dry-run`: what it counts, what it leaves alone, and that every command has the same document."""
+
+import time
+from pathlib import Path
+
+import pytest
+from cli_session import NUM_IMAGES, make_chain, make_images, make_model, vitq
+
+from vitq.cli.dry_run import trial_size, tried
+from vitq.cli.terminal import Terminal
+from vitq.images import open_images
+from vitq.models import load
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("session")
+    assert [done.code for done in make_chain(folder)] == [0] * 4
+    return folder
+
+
+def test_passes_are_drawn_out_and_the_rest_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a clock that only the work moves: 7 s once, two passes of 2 and 3 s an image (a first batch 10 s more), one that stops early."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    make_images(tmp_path / "images")
+    images = open_images(tmp_path / "images", load(str(make_model(tmp_path / "model"))).data_config, 8, batch_size=4)
+
+    def work(folder: Path) -> None:
+        now[0] += 7
+        for each in (2, 3):
+            for index, (batch, _) in enumerate(images):
+                now[0] += each * len(batch) + (10 if index == 0 else 0)
+        for _ in images:
+            now[0] += 50
+            break
+        (folder / "made").write_bytes(b"12345")
+
+    found = tried(Terminal(True, False, False), work, images, 30, started=99.0)
+    assert found["seconds"] == pytest.approx(1 + 7 + 50 + sum(10 + each * 30 for each in (2, 3)))
+    assert (found["num_images"], found["disk_bytes"]) == (30, 5) and images.progress is None
+
+
+def test_a_trial_is_two_batches():
+    assert (trial_size(32), trial_size(8, 64), trial_size(64, 64)) == (64, 64, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        (("profile", "model", "--images", "images", "--batch-size", 4), NUM_IMAGES),
+        (("calibrate", "--batch-size", 4), 24),
+        (("calibrate", "--recipe", "repq-vit"), 24),
+        (("export", "--batch-size", 4), 24),
+        (("evaluate", "vitq-run/model.onnx", "--images", "images", "--batch-size", 4), NUM_IMAGES),
+        (("synthesize", "model", "--num-images", 3, "--iterations", 9), 3),
+    ],
+    ids=lambda value: " ".join(map(str, value[:3])) if isinstance(value, tuple) else "",
+)
+def test_every_long_command_has_one_that_writes_nothing(session: Path, arguments: tuple[object, ...], count: int):
+    before = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    found = vitq(*arguments, "--dry-run", "--json", folder=session)
+    assert found.code == 0, found.err
+    assert found.document["num_images"] == count and 0 < found.document["seconds"] < 600
+    assert (found.document["disk_bytes"] > 0) == (arguments[0] != "evaluate")
+    assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_an_estimate_of_disk_is_the_file(session: Path):
+    said = vitq("export", "--dry-run", folder=session)
+    assert "export would take about" in said.out and " of disk, in vitq-run" in said.out
+    found = vitq("export", "--dry-run", "--json", folder=session).document
+    assert found["disk_bytes"] == (session / "vitq-run" / "model.onnx").stat().st_size

@@ -1,0 +1,70 @@
+"""`--dry-run`: the command tried on a few images, in a folder that is thrown away, to say what all of it takes.
+
+    seconds = those of the trial + for each pass that went through all its images, those of its last batch for every batch more
+
+What does not depend on the number of images (loading, fitting, solving, writing) is done in full, so a dry run takes a while itself: as
+long as the command does on two batches. A first batch is slower than those that follow, so the last one counts. Memory is the most that
+this process ever held: images come batch by batch, more of them need no more of it. Disk is what the trial wrote.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitq.cli.terminal import Terminal
+from vitq.units import in_minutes, in_units
+
+if TYPE_CHECKING:
+    from vitq.images import Images
+
+
+def trial_size(batch_size: int, least: int = 1) -> int:
+    """The images of a trial: two batches, or `least`."""
+    return max(2 * batch_size, least)
+
+
+def tried(terminal: Terminal, work: Callable[[Path], Any], images: "Images", num_images: int, started: float) -> dict[str, Any]:
+    """Carries out `work`, given a folder to write to, on `images`; what it would take with `num_images` of them.
+
+    Args:
+        terminal: where it says that it goes on.
+        work: goes through `images` and writes into the folder.
+        images: those of the trial.
+        num_images: those of the whole command.
+        started: when the command started, by `time.perf_counter`.
+
+    Returns:
+        `num_images`, `seconds` and `disk_bytes`, and `memory_bytes`, None where the system does not say.
+    """
+    reports: list[tuple[float, int]] = []
+    images.progress = lambda done, _: reports.append((time.perf_counter(), done))
+    found = trial(terminal, work, f"{images.num_listed} images", started)
+    images.progress = None
+    more = (num_images - images.num_listed) * _seconds_an_image(reports, images.num_listed)
+    return {"num_images": num_images} | found | {"seconds": found["seconds"] + more}
+
+
+def trial(terminal: Terminal, work: Callable[[Path], Any], on: str, started: float) -> dict[str, Any]:
+    """`seconds`, `memory_bytes` and `disk_bytes` of the trial alone; arguments as for `tried`, `on` says for people what it is tried on."""
+    from vitq.bench.child import peak_memory
+
+    with terminal.waiting(f"try it on {on}"), tempfile.TemporaryDirectory(prefix="vitq-") as folder:
+        work(Path(folder))
+        disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    return {"seconds": time.perf_counter() - started, "memory_bytes": peak_memory(), "disk_bytes": disk}
+
+
+def _seconds_an_image(reports: list[tuple[float, int]], whole: int) -> float:
+    """What one image more takes in all passes, from (when, images done) after each batch; a pass that stopped early would again."""
+    last = [(at - before, done - earlier) for (before, earlier), (at, done) in pairwise(reports) if done == whole > earlier]
+    return sum(seconds / count for seconds, count in last)
+
+
+def say_estimate(terminal: Terminal, what: str, found: dict[str, Any], where: Path | str) -> None:
+    """The estimate for people, or as JSON."""
+    memory = "" if found["memory_bytes"] is None else f"{in_units(found['memory_bytes'], 'B')} of memory and "
+    line = f"{what} would take about {in_minutes(found['seconds'])} on {found['num_images']} images"
+    terminal.result(found, line, f"{memory}{in_units(found['disk_bytes'], 'B')} of disk, {where}")
