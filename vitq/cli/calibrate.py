@@ -103,7 +103,7 @@ def calibrate(
             found = tried(terminal, work, sample, opened.num_listed, started)
         say_estimate(terminal, f"recipe {recipe}", {"recipe": recipe} | found, f"under {scratch or path.parent}")
         return
-    with terminal.keeping(scratch or path), terminal.watching(opened, "calibrate") as progress:
+    with terminal.keeping(scratch), terminal.watching(opened, "calibrate") as progress:
         checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric, learning, progress)
     calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
     save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)

@@ -232,7 +232,7 @@ def _lines(found: Shown) -> list[str]:
     if head.get("preprocessing"):
         lines.append(f"preprocessing: {describe(head['preprocessing'])}")
     sources = {name: head.get("made_from", {}).get(name) for name in ("model", "images")}
-    lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if source]
+    lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if isinstance(source, dict)]
     if fused := head.get("unfused_attention") or head.get("made_from", {}).get("unfused_attention"):
         lines.append(f"attention stays fused in {len(fused)} places, so its matmuls are no layers: {', '.join(fused)}")
     return [_filled(line) for line in lines]

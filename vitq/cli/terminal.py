@@ -96,12 +96,12 @@ class Terminal:
             yield
 
     @contextmanager
-    def keeping(self, path: Path) -> Iterator[None]:
-        """Around work that leaves what is done at `path` when it is interrupted, and goes on from there."""
+    def keeping(self, path: Path | None) -> Iterator[None]:
+        """Around work that leaves what is done at `path` when it is interrupted, and goes on from there; None: it leaves nothing."""
         try:
             yield
         except KeyboardInterrupt as interruption:
-            if path.exists():
+            if path is not None and path.exists():
                 interruption.add_note(f"what is done is kept in {path}; the same command again goes on there")
             raise
 

@@ -1,0 +1,121 @@
+"""`vitq show` of saved results, latency tables and images, at any width, and the small maps that allocate and profile end with."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from allocation_problems import deit, make_latencies, make_profile, make_table
+from cli_session import vitq
+from safetensors.torch import save_file
+
+from vitq.allocation import allocate
+from vitq.artifacts import WIDTHS, Profile, save
+from vitq.cli.layer_table import layer_rows, layer_table
+
+LAYERS = [layer.model_copy(update={"block": re.sub(r"\.(attn|mlp)$", "", layer.block)}) for layer in deit(blocks=3)]
+
+
+@pytest.fixture
+def found() -> Profile:
+    return make_profile(LAYERS, make_table(LAYERS, WIDTHS, random.Random(0), crossed=False))
+
+
+@pytest.fixture
+def run(tmp_path: Path, found: Profile) -> Path:
+    """A run folder whose files were written by hand."""
+    folder = tmp_path / "run"
+    save(found, folder / "profile.json")
+    save(allocate(found, ["4.0"]).plan, folder / "plan.json")
+    save(make_latencies(LAYERS, random.Random(0)), folder / "latency.json")
+    evaluated = {"num_images": 50, "top1": 71.25, "top1_margin": 1.5, "agreement": 90.5, "kl": 0.01234}
+    results = {"model.onnx": evaluated, "a name that is long enough for its line " * 3: {"num_images": 7}}
+    (folder / "evaluate.json").write_text(json.dumps(results))
+    row = {"name": "model.onnx", "batch": 8, "threads": 2, "median_ms": 4.25, "p90_ms": 5.5, "images_per_second": 1882.4, "speedup": 1.0}
+    (folder / "bench.json").write_text(json.dumps({"results": [row], "files": []}))
+    save_file({"images": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)}, folder / "images.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("evaluate.json", ["model.onnx", "50", "71.25", "90.50", "0.0123"]),
+        ("bench.json", ["model.onnx", "8", "4.25", "5.50", "1882.4", "1.00"]),
+        ("latency.json", ["8", "2 to 7"]),
+        ("images.safetensors", ["3 of 3 x 8 x 8, without labels"]),
+        ("profile.json", ["blocks.2.mlp.fc2", "random"]),
+        ("plan.json", ["blocks.2.mlp.fc2", "average bits"]),
+        ("", ["images.safetensors", "3 images", "evaluate.json", "accuracy of model.onnx", "bench.json", "latency.json", "batch"]),
+    ],
+)
+def test_show_fits_and_is_plain_in_a_pipe(run: Path, monkeypatch: pytest.MonkeyPatch, width: int, name: str, words: list[str]):
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = vitq("show", str(run / name).rstrip("/"))
+    assert done.code == 0, done.err
+    assert max(map(len, done.out.splitlines())) <= width and "\x1b" not in done.out
+    assert all(word in done.out for word in words), done.out
+    assert done.err.startswith("next: vitq ")
+    document = vitq("show", run / name, "--json")
+    assert document.document["kind"] and document.err == ""
+
+
+def test_a_damaged_result_is_refused(run: Path):
+    for name, command in (("evaluate.json", "vitq evaluate"), ("bench.json", "vitq bench")):
+        (run / name).write_text('{"results": [{"name": 3}], "x": 1}')
+        for place in (run / name, run):
+            refused = vitq("show", place)
+            assert refused.code == 3 and f"{name} is damaged" in refused.err and command in refused.err
+        (run / name).unlink()
+
+
+def test_a_wide_terminal_shows_sizes_and_errors(monkeypatch: pytest.MonkeyPatch):
+    rows = [row | {"kl": 0.5, "sqnr": 20.0} for row in layer_rows(LAYERS)]
+    titles = {}
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        titles[width] = [str(column.header) for column in layer_table(rows).columns]
+    assert set(titles[120]) - set(titles[80]) == {"weights", "MACs", "reads"} and {"KL", "SQNR dB"} <= set(titles[80])
+
+
+def cells(said: str, title: str) -> dict[str, dict[str, str]]:
+    """A map's cells, by block and type."""
+    lines = said.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith(title))
+    columns = lines[first].removeprefix(title).split()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[first + 1 :] if line.startswith("blocks.")}
+    return {block: dict(zip(columns, values, strict=True)) for block, values in rows.items()}
+
+
+def test_allocate_ends_with_a_map_of_the_bits(run: Path, found: Profile):
+    for option, chosen in (("--budget", allocate(found, ["4.0"])), ("--uniform", allocate(found, uniform="4"))):
+        done = vitq("allocate", run / "profile.json", option, "4.0" if option == "--budget" else "4", "--force")
+        assert done.code == 0 and "\x1b" not in done.out
+        laid = cells(done.out, "bits")
+        bits = chosen.plan.bits
+        for layer in (layer for layer in LAYERS if layer.block.startswith("blocks.")):
+            assert laid[layer.block][layer.type] == str(bits[layer.name].activation_bits)
+    apart = vitq("allocate", run / "profile.json", "--uniform", "3/5", "--force").out
+    assert cells(apart, "bits")["blocks.1"]["fc1"] == "3/5"
+    assert "head 8" in apart
+
+
+def test_nothing_is_drawn_for_machines_and_the_quiet(run: Path, found: Profile):
+    assert "blocks.1" not in vitq("allocate", run / "profile.json", "--uniform", "4", "--force", "-q").out
+    assert "objective" in vitq("allocate", run / "profile.json", "--uniform", "4", "--force", "--json").document
+
+
+def test_a_map_of_costs_shows_each_layers_part(found: Profile, capsys: pytest.CaptureFixture[str]):
+    from rich.console import Console
+
+    from vitq.cli.bit_map import cost_map
+
+    Console().print(*cost_map(found, "random"))
+    laid = cells(capsys.readouterr().out, "% of the cost at 4 bits")
+    costs = {name: row[WIDTHS.index(4)] for name, row in found.costs["random"].tied.items()}
+    for layer in (layer for layer in LAYERS if layer.block.startswith("blocks.")):
+        percent = 100 * costs[layer.name] / sum(costs.values())
+        assert laid[layer.block][layer.type] == ("." if percent < 0.5 else f"{percent:.0f}")
