@@ -27,6 +27,8 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["pictures.css"]
 html_title = f"vitq {version}"
 html_show_sphinx = False
 html_copy_source = False

@@ -1,7 +1,7 @@
 """The snippets of README.md and docs/ run as they stand, on the example model.
 
-Blocks marked `python` and `sh` are run, page by page and top to bottom, in a folder that has what they name: `vitq`, `examples`, pictures
-and a finished run folder. A block under a comment `<!-- not run by the tests: WHY -->` is left out; blocks in other languages are not run.
+Blocks marked `python` and `sh` are run, page by page and top to bottom, in a folder that has what they name: `vitq`, `examples` and
+pictures. A block under a comment `<!-- not run by the tests: WHY -->` is left out; blocks in other languages are not run.
 """
 
 import os
@@ -10,22 +10,43 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 
+from vitq import fitting, importance, quantizers
+from vitq.allocation import objectives
 from vitq.cli.app import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, *DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run by the tests: [^>]+ -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLE_MODEL = {"my_vit.safetensors --arch vit_small_patch16_224": "vitq/demo_data/vit_cifar10"}
 """What stands for a reader's own checkpoint."""
+REGISTRIES = (importance.METRICS, quantizers.QUANTIZERS, fitting.FITS, objectives.OBJECTIVES)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return [text for left_out, found, text in BLOCK.findall(page.read_text()) if found == language and not left_out]
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The blocks that are to be run, as (language, text)."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [(language, text) for left_out, language, text in found if language in ("python", "sh") and not left_out]
+
+
+def has_shell(page: Path) -> bool:
+    return any(language == "sh" for language, _ in blocks(page))
+
+
+def run_page(page: Path, folder: Path) -> str:
+    """Runs a page in a folder, which is the current one; returns what its shell said."""
+    said, names = "", {"__name__": "__main__"}
+    for number, (language, text) in enumerate(blocks(page)):
+        if language == "sh":
+            said += run_shell(text, folder)
+        else:
+            exec(compile(text, f"{page.name}, block {number}", "exec"), names)  # the point of the test: what a reader would paste
+    return said
 
 
 def run_shell(script: str, folder: Path) -> str:
@@ -38,59 +59,45 @@ def run_shell(script: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
-    """A folder in which the README's seven commands have run, in fewer images than a reader would take."""
-    folder = tmp_path_factory.mktemp("reader")
+@pytest.fixture
+def folder(tmp_path: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a reader has: a checkout, and pictures in two folders."""
     for name in ("vitq", "examples"):
-        (folder / name).symlink_to(ROOT / name)
-    for name in ("calibration", "validation"):
-        with tarfile.open(demo_data / f"{name.replace('validation', 'test')}.tar") as tar:
-            tar.extractall(folder / name, [member for member in tar if member.isfile()][::16], filter="data")
-    shutil.copy(next((folder / "validation").rglob("*.*")), folder / "cat.jpg")
-    (seven,) = blocks(ROOT / "README.md", "sh")
-    (folder / "said.txt").write_text(run_shell(seven, folder))
-    return folder
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, source in (("calibration", "calibration.tar"), ("validation", "test.tar")):
+        with tarfile.open(demo_data / source) as tar:
+            tar.extractall(tmp_path / name, [member for member in tar if member.isfile()][::16], filter="data")
+    shutil.copy(next((tmp_path / "validation").rglob("*.*")), tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def registries_kept() -> Iterator[None]:
+    """Takes away again what a page adds to the dicts of metrics, quantizers and objectives."""
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, content in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(content)
 
 
 @pytest.mark.slow
-def test_the_readme_s_seven_commands(finished: Path) -> None:
-    made = {path.name for path in (finished / "vitq-run").iterdir()}
+def test_the_readme_and_the_pages_that_go_on_in_the_shell(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run_page(README, folder)
+    assert "74 of 74 candidates run as integer kernels" in said
+    made = {path.name for path in (folder / "vitq-run").iterdir()}
     assert made >= {"profile.json", "plan.json", "model.safetensors", "model.onnx", "evaluate.json", "bench.json", "report.html"}
-    assert "74 of 74 candidates run as integer kernels" in (finished / "said.txt").read_text()
+    objective, gap, kl = map(float, capsys.readouterr().out.split())
+    assert 0 < objective < 1 and 0 <= gap <= 1e-6 and 0 < kl < 0.1
+    for page in filter(has_shell, DOCS):
+        run_page(page, folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "sh")], ids=lambda page: page.name)
-def test_shell_of_the_docs(page: Path, finished: Path) -> None:
-    for script in blocks(page, "sh"):
-        run_shell(script, finished)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_of_a_page(page: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(finished)
-    restore_registries(monkeypatch)
-    names: dict[str, object] = {"__name__": "__main__"}
-    for number, block in enumerate(blocks(page, "python")):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), names)  # the point of the test: what a reader would paste
-    if page.name == "README.md":
-        objective, gap, kl = map(float, capsys.readouterr().out.split())
-        assert 0 < objective < 1 and 0 <= gap <= 1e-6 and 0 < kl < 0.1
-
-
-def restore_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the dicts that extending.md adds to as they were, afterwards."""
-    from vitq import fitting, importance, quantizers
-    from vitq.allocation import objectives
-
-    for module, name in ((importance, "METRICS"), (quantizers, "QUANTIZERS"), (fitting, "FITS"), (objectives, "OBJECTIVES")):
-        registry = getattr(module, name)
-        for key in ("peaks", "square-root", "careful"):
-            if key not in registry:
-                monkeypatch.setitem(registry, key, None)
-                monkeypatch.delitem(registry, key)
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page) and not has_shell(page)], ids=lambda page: page.name)
+def test_python_of_a_page(page: Path, folder: Path, registries_kept: None) -> None:
+    run_page(page, folder)
 
 
 def commands() -> dict[str, set[str]]:
@@ -102,18 +109,21 @@ def commands() -> dict[str, set[str]]:
 OTHERS = {"--help", "--version"}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in (README, *DOCS) if page.name != "log.md"], ids=lambda page: page.name)
 def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
-    known = commands()
-    lines = [line for line in page.read_text().splitlines() if "*not yet*" not in line]
-    options = {option for options in known.values() for option in options} | OTHERS
-    for line in lines:
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", line)) <= options, line
-        for command, rest in re.findall(r"`vitq ([a-z]+)([^`|;&]*)", line):
-            assert command in known, line
-            assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", rest)) <= known[command] | OTHERS, line
+    known, options = commands(), re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+    text = "\n".join(line for line in page.read_text(encoding="utf-8").splitlines() if "*not yet*" not in line)
+    shell = "\n".join(block for _, language, block in BLOCK.findall(text) if language == "sh")
+    assert set(options.findall(text)) <= OTHERS.union(*known.values())
+    inline, lines = r"`vitq ([a-z]+)([^`|;&]*)", r"(?:^ *|&& )vitq ([a-z]+)([^|;&#\n]*)"
+    for command, rest in re.findall(inline, text) + re.findall(lines, shell, re.MULTILINE):
+        assert command in known, f"vitq {command}{rest}"
+        assert set(options.findall(rest)) <= known[command] | OTHERS, f"vitq {command}{rest}"
 
 
-def test_left_out_blocks_say_why() -> None:
-    for page in PAGES:
-        assert page.read_text().count("<!-- not run") == sum(bool(left_out) for left_out, *_ in BLOCK.findall(page.read_text())), page
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
+def test_blocks_that_are_left_out_say_why(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- not run") == sum(bool(left_out) for left_out, *_ in BLOCK.findall(text))
+    never_run = re.findall(r"^    (?:vitq|bash|python) .*", BLOCK.sub("", text), re.MULTILINE)  # in an indented block
+    assert never_run == []
