@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from sphinx.application import Sphinx
 
+from vitq.artifacts import write_whole
 from vitq.cli.app import app as vitq
 
 HERE = Path(__file__).parent
@@ -44,12 +45,11 @@ def write_pages(folder: Path) -> None:
         f"schemas/{path.stem}.md": schema_page(path) for path in sorted((HERE / "schemas").glob("*.json"))
     }
     for stale in set(folder.rglob("*.md")) - {folder / name for name in pages}:
-        stale.unlink()
+        stale.unlink(missing_ok=True)
     for name, text in pages.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))  # another build may be reading
 
 
 def command_pages() -> dict[str, str]:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -100,25 +101,22 @@ def test_python_of_a_page(page: Path, folder: Path, registries_kept: None) -> No
     run_page(page, folder)
 
 
-def commands() -> dict[str, set[str]]:
-    """Every command, and its options with their short forms."""
-    group = typer.main.get_command(app)
-    return {name: {opt for p in command.params for opt in (*p.opts, *p.secondary_opts)} for name, command in group.commands.items()}  # type: ignore[attr-defined]
-
-
-OTHERS = {"--help", "--version"}
+def options_of(command: Any) -> set[str]:
+    return {"--help"}.union(*([*parameter.opts, *parameter.secondary_opts] for parameter in command.params))
 
 
 @pytest.mark.parametrize("page", [page for page in (README, *DOCS) if page.name != "log.md"], ids=lambda page: page.name)
 def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
-    known, options = commands(), re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+    group: Any = typer.main.get_command(app)
+    known = {name: options_of(command) for name, command in group.commands.items()}
+    options = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
     text = "\n".join(line for line in page.read_text(encoding="utf-8").splitlines() if "*not yet*" not in line)
     shell = "\n".join(block for _, language, block in BLOCK.findall(text) if language == "sh")
-    assert set(options.findall(text)) <= OTHERS.union(*known.values())
+    assert set(options.findall(text)) <= options_of(group).union(*known.values())
     inline, lines = r"`vitq ([a-z]+)([^`|;&]*)", r"(?:^ *|&& )vitq ([a-z]+)([^|;&#\n]*)"
     for command, rest in re.findall(inline, text) + re.findall(lines, shell, re.MULTILINE):
         assert command in known, f"vitq {command}{rest}"
-        assert set(options.findall(rest)) <= known[command] | OTHERS, f"vitq {command}{rest}"
+        assert set(options.findall(rest)) <= known[command], f"vitq {command}{rest}"
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
