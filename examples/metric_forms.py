@@ -8,6 +8,7 @@ what a profile over other images says of it, without the optimizer's curse, `mea
 """
 
 import argparse
+import functools
 
 import torch
 
@@ -51,6 +52,7 @@ def main() -> None:
     def images(count: int, seed: int):
         return open_images(arguments.calibration, model.data_config, count, seed, class_names=model.label_names)
 
+    @functools.cache
     def priced(likeliest: int, count: int, seed: int, pairs: bool) -> Profile:
         gradients._LIKELIEST = likeliest
         return profile(model, images(count, seed), seed=seed, options=MetricOptions(pairs=pairs))

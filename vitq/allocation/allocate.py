@@ -132,7 +132,7 @@ def allocate(
         objective: a name in `OBJECTIVES`; by default the preset's, else `sum`.
         gamma: by how much one bit more divides a cost, above 1, for the objective `gamma`; by default 4.
         preset: a name in `PRESETS`, what a paper does.
-        gap: (objective - bound) / |objective| at which to stop, however long that takes; by default 0, unless that takes too much work.
+        gap: `(objective - bound) / |objective|` at which to stop, however long that takes; by default 0, unless that takes too much work.
         latencies: measured ones, for a budget of latency; where given, the report has the plan's predicted `latency_ms`.
 
     Returns:

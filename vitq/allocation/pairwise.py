@@ -3,10 +3,12 @@
 For choices f and g with options a and b, z_ab stands for x_a x_b:  sum_b z_ab = x_a,  sum_a z_ab = x_b,  z >= 0.  With whole x there is
 one such z, and it is the product (z_ab >= x_a + x_b - 1 follows, and the relaxation is tighter than with that alone). No sign and no
 convexity of the pairs' costs is asked for. First, what a pair costs at least, whatever the other one's option, moves to the options' own
-costs; so all that is left is at least 0, and the plan that is best without the rest is a good start.
+costs; so all that is left is at least 0.
 
-The program has as many products as the pairs have pairs of options: seconds for tens of layers with their neighbours; beyond that the
-search stops at a limit of work and the certificate gives the gap. Left out: terms of three layers, choices that hang under an option.
+The search starts from a plan that is cheap by a tangent of the form (convex.py) and that no change of two choices improves (swaps.py).
+The program has as many products as the pairs have pairs of options: seconds for 74 layers, all coupled, at three widths. With more than
+`PRODUCTS`, HiGHS would need minutes for the relaxation alone: the start is then the answer, and the certificate gives its gap to the
+convex form's bound, a weak one. Left out: terms of three layers, choices that hang under an option.
 """
 
 import math
@@ -18,11 +20,16 @@ import numpy as np
 import scipy.sparse
 
 from vitq.allocation.choices import ChoiceTree
+from vitq.allocation.convex import tangent
 from vitq.allocation.highs import Program, relax, search
 from vitq.allocation.solver import RESOLUTION, SCALE, WORK, Row, Solution, meets, reduce, solve, tighten
+from vitq.allocation.swaps import swap
 
 Products = Mapping[tuple[int, int], np.ndarray]
 """(position of a choice, of another one) -> what their options cost together: a row an option of the first, a column one of the second."""
+
+PRODUCTS = 25_000
+"""Beyond so many products of options no search is begun unless a gap is asked for."""
 
 
 def solve_with_products(
@@ -31,16 +38,18 @@ def solve_with_products(
     """As `solve`, with the products added to the cost of a plan; the tree has no choice under an option."""
     start = time.perf_counter()
     own, rest = _separate(tree, np.array(costs, float), products)
-    first = solve(tree, own.tolist(), rows, gap=0.01)
-    if first is None:
-        return None
-    reduced = reduce(tree, own.tolist())[0]
     tight = [tighten(tree, row) for row in rows]
     held = [row for row, _ in tight if row is not None]
-    taken = first.taken
+    started = _start(tree, np.array(costs, float), products, held)
+    if started is None:
+        return None
+    taken, bound = started
+    reduced = reduce(tree, own.tolist())[0]
     below, exhausted, prices = 0.0, True, [0.0] * len(held)
     value = _value(tree, reduced, rest, taken)
-    if value > 0:
+    if value > 0 and gap is None and sum(together.size for together in rest.values()) > PRODUCTS:
+        below, exhausted = _value(tree, costs, products, taken) - bound, False
+    elif value > 0:
         program, units = _program(tree, np.array(reduced) / value * SCALE, rest, value / SCALE, held)
         relaxed = relax(replace(program, costs=program.costs / SCALE))
         assert relaxed is not None, "a plan is known"
@@ -64,6 +73,21 @@ def solve_with_products(
     by_row = tuple(0.0 if row is None else float(next(each)) / divisor for row, divisor in tight)
     status = "optimal" if exhausted else "stopped at the limit of work"
     return Solution(taken, objective, objective - below, status, time.perf_counter() - start, by_row)
+
+
+def _start(tree: ChoiceTree, costs: np.ndarray, products: Products, rows: Sequence[Row]) -> tuple[tuple[int, ...], float] | None:
+    """(The options of a good plan, what no plan costs less than); None where no options meet the rows."""
+    matrix = np.diag(costs)
+    for (first, second), together in products.items():
+        firsts, seconds = tree.choices[first].options, tree.choices[second].options
+        matrix[np.ix_(firsts, seconds)] += together / 2
+        matrix[np.ix_(seconds, firsts)] += together.T / 2
+    if solve(tree, costs.tolist(), rows, gap=1.0) is None:
+        return None
+    bound, by_tangent = tangent(tree, matrix, rows)
+    cheap = solve(tree, by_tangent.tolist(), rows, gap=0.01)
+    assert cheap is not None
+    return swap(tree, matrix, rows, cheap.taken), bound
 
 
 def _separate(tree: ChoiceTree, costs: np.ndarray, products: Products) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray]]:
