@@ -17,7 +17,7 @@ PYTHON
 
 # 1. By options. Class folders are taken in alphabetical order, as torchvision and timm do; --num-classes is found by the head if left out.
 arguments=(--model-kwargs img_size=32 --model-kwargs patch_size=4 --model-kwargs embed_dim=128 --model-kwargs depth=12 --model-kwargs num_heads=4)
-vitq show "$run/checkpoint.pth" --arch vit_tiny_patch16_224 --num-classes 10 "${arguments[@]}" | head -n 3
+vitq show "$run/checkpoint.pth" --arch vit_tiny_patch16_224 --num-classes 10 "${arguments[@]}" | sed -n 1,3p
 
 # 2. By a config.json beside it, which also holds what no option does: your preprocessing and the names of your classes, in the head's order.
 cat >"$run/config.json" <<'JSON'

@@ -8,7 +8,7 @@ set -euo pipefail
 run="${1:-latency-run}" data="$(dirname "${BASH_SOURCE[0]}")/../vitq/demo_data"
 
 vitq profile "$data/vit_cifar10" --images "$data/calibration.tar" --num-images 64 --run-dir "$run" --force
-vitq bench --layers --threads 1 --rounds 40 --run-dir "$run" # latency.json: every layer at 8 bits and below, and whole models
+vitq bench --layers --threads 1 --rounds 20 --run-dir "$run" # latency.json: every layer at 8 bits and below, and whole models
 
 milliseconds="$(python - "$run/latency.json" <<'PYTHON'
 import json, sys

@@ -22,7 +22,7 @@ config = {"architecture": "swin_tiny_patch4_window7_224", "num_classes": 10, "mo
 (folder / "config.json").write_text(json.dumps(config))
 PYTHON
 
-vitq show "$model" | head -n 12
+vitq show "$model" | sed -n 1,12p
 vitq profile "$model" --images "$data/calibration.tar" --num-images 64 --run-dir "$run" --force
 vitq allocate --budget like=4 --run-dir "$run" --force # no larger and no more BitOps than 4 bits everywhere
 vitq calibrate --run-dir "$run" --force

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -271,8 +272,7 @@ def test_an_interruption_is_130_and_leaves_nothing(session: Path, monkeypatch: p
 
 
 def test_an_interrupted_sensitivity_says_that_it_goes_on(session: Path, monkeypatch: pytest.MonkeyPatch):
-    from vitq.importance import sensitivity as metric
-
+    metric = import_module("vitq.importance.sensitivity")  # the package's attribute is the function
     asked, losses = [], metric._per_image
 
     def interrupted(*arguments):
@@ -282,7 +282,7 @@ def test_an_interrupted_sensitivity_says_that_it_goes_on(session: Path, monkeypa
         return losses(*arguments)
 
     command = ("profile", "model", "--images", "images", "--num-images", 4, "--metric", "sensitivity", "--bits", "4", "--force")
-    monkeypatch.setattr("vitq.importance.sensitivity._per_image", interrupted)
+    monkeypatch.setattr(metric, "_per_image", interrupted)
     stopped = vitq(*command, folder=session)
     journal = "vitq-run/.profile.journal.jsonl"
     assert stopped.code == 130 and f"kept in {journal}; the same command again goes on there" in stopped.err

@@ -28,7 +28,7 @@ def printed(folder: Path, example: str) -> str:
 
 def measured(said: str, name: str) -> float:
     """The last value that `vitq evaluate` printed of a measure."""
-    return float(re.findall(rf"^{name}\s+([\d.]+)", said, re.MULTILINE)[-1])
+    return float(re.findall(rf"^ *{name}\s+([\d.]+)", said, re.MULTILINE)[-1])
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_a_swin(tmp_path: Path) -> None:
 def test_a_checkpoint_of_ones_own(tmp_path: Path) -> None:
     said = printed(tmp_path, "finetuned.sh")
     assert said.startswith("model: vit_tiny_patch16_224, 10 classes, 74 layers")
-    first, last = (float(value) for value in re.findall(r"^top1\s+([\d.]+)", said, re.MULTILINE))
+    first, last = (float(value) for value in re.findall(r"^ *top1\s+([\d.]+)", said, re.MULTILINE))
     assert first > 65 and abs(first - last) < 6 and measured(said, "agreement") > 90
     plan = json.loads((tmp_path / "finetuned-run" / "plan.json").read_text())
     assert plan["model"]["label_names"][:2] == ["airplane", "automobile"]
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_a_latency_budget(tmp_path: Path) -> None:
     said = printed(tmp_path, "latency_budget.sh")
-    predicted = float(re.search(r"^latency\s+([\d.]+) ms predicted", said, re.MULTILINE)[1])  # type: ignore[index]
+    predicted = float(re.search(r"^latency +([\d.]+) ms predicted", said, re.MULTILINE)[1])  # type: ignore[index]
     whole = json.loads((tmp_path / "latency-run" / "latency.json").read_text())["made_from"]["whole_ms"]
     assert predicted <= (whole["8"] + whole["below"]) / 2 + 0.001
     assert re.search(r"^latency-run/model.onnx\s+1\s+[\d.]+", said, re.MULTILINE)
