@@ -6,8 +6,10 @@ A source is kept as it was given. A relative one is looked for in the current fo
 the digest that was stored. An option that names a source wins, and then nothing is compared.
 """
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from vitq.artifacts import BitPlan, Profile, Value, load_plan, load_profile, refuse_existing, refuse_missing
-from vitq.cli.options import DEFAULT_NUM_IMAGES
-from vitq.errors import InputError, UsageError
+from vitq.artifacts import BitPlan, Profile, Value, cannot_write, load_plan, load_profile, refuse_existing, refuse_missing
+from vitq.cli.options import DEFAULT_NUM_IMAGES, MOST_SEED
+from vitq.errors import InputError
 
 if TYPE_CHECKING:
     from vitq.checkpoint import Checkpoint
@@ -52,8 +54,8 @@ class ImageSource(Value):
 
     source: str
     digest: str
-    num_images: int
-    seed: int = 0
+    num_images: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,17 @@ def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Pa
     """Where to write; raises UsageError, before anything is computed, where that exists and `force` is not set."""
     path = output or folder / name
     refuse_existing(path, force)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; give -o a file to write")
+    refuse_unwritable(path)
     return path
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raises InputError, before anything is computed, where a path lies below a file or in a folder that cannot be written to."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, ""))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise cannot_write(path, PermissionError(errno.EACCES, ""))
 
 
 def in_folder(command: str, path: Path, name: str) -> str:
