@@ -262,6 +262,7 @@ def _folder_entries(root: Path) -> list[_Entry]:
 
 def _tar_entries(path: Path) -> list[_Entry]:
     try:
+        _refuse_cut(path)
         samples = extract_tarinfos(str(path), cache_tarinfo=False, sort=False)[0]  # a cache would be a pickle
     except ValueError:  # timm unpacks an empty list
         return []
@@ -274,6 +275,15 @@ def _tar_entries(path: Path) -> list[_Entry]:
         folder = PurePosixPath(name).parent.name.removesuffix(".tar")  # as timm: of tars within a tar, each is a class
         entries.append(_Entry(name, folder, path, start + member.offset_data, member.size))
     return _sorted(entries)
+
+
+def _refuse_cut(path: Path) -> None:
+    """Raises tarfile.TarError where a member is to be larger than what is left of the file: timm would look for its end for days."""
+    with tarfile.open(path, "r:") as outer:
+        for member in outer:
+            if member.isfile() and member.name.endswith(".tar"):
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                    inner.getmembers()
 
 
 def _sorted(entries: list[_Entry]) -> list[_Entry]:

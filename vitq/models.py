@@ -238,7 +238,7 @@ def _sized(arguments: dict[str, Any], config: dict[str, Any], default: dict[str,
         channels, *size = (int(extent) for extent in config["input_size"])
         if len(size) != 2 or min(channels, *size) < 1:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
             f"input_size {config['input_size']!r:.80} of the model's config is not [channels, height, width]; correct it"
         ) from None
