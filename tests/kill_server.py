@@ -2,7 +2,7 @@
 
 A request is a line of JSON on stdin: `arguments`, `folder`, and when to kill, either `events` (at the so many-th write, rename, removal or
 the like below the folder) or `seconds`; null kills never. The answer is a line of JSON: the exit `code` (-9: killed), the `events` that
-there were, the `seconds` it took, and what it said on stderr, `err`. `small_demo` makes `vitq demo` one plan and 16 images.
+there were, the `seconds` it took, and what it said on stderr, `err`. `small_demo` makes `vitq demo` one plan, 16 images, few timings and a short staircase.
 """
 
 import json
@@ -69,7 +69,10 @@ def small_demo() -> None:
     def few(*arguments, **keywords):
         return opened(*arguments, **{**keywords, "num_images": 16, "batch_size": 8})
 
+    staircase, latencies = vitq.allocation.pareto, vitq.bench.latencies
     vitq.images.open_images = few
+    vitq.allocation.pareto = lambda profile: staircase(profile, vitq.allocation.Wishes(bits=[4, 8]))
+    vitq.bench.latencies = lambda files, images: latencies(files, images, rounds=3, warmup=1)
     vitq.cli.demo.PLANS = {vitq.cli.demo.MIXED: {"budgets": ["3.0"]}}
 
 

@@ -294,7 +294,7 @@ def _bounded(stored: int | None) -> Iterator[None]:
 
     def count(_: nn.Module, name: str, tensor: Tensor | None) -> None:
         nonlocal numbers
-        numbers += tensor.numel() if isinstance(tensor, Tensor) else 1000  # a module takes memory too
+        numbers += tensor.numel() if isinstance(tensor, Tensor) else 10_000  # a module takes memory too
         if stored is not None and numbers > most:
             raise ValueError(f"with {name} it has more than {most} numbers, far more than the {stored} that are stored for it")
 
