@@ -96,6 +96,7 @@ def cut_short():
         mock.patch("vitq.calibration.calibrate", reached),
         mock.patch("vitq.importance.profile", reached),
         mock.patch("vitq.onnx_file.export", reached),
+        mock.patch("vitq.rewrites.prepare", reached),
     ):
         yield
 

@@ -2,7 +2,8 @@
 
 A request is a line of JSON on stdin: `arguments`, `folder`, and when to kill, either `events` (at the so many-th write, rename, removal or
 the like below the folder) or `seconds`; null kills never. The answer is a line of JSON: the exit `code` (-9: killed), the `events` that
-there were, the `seconds` it took, and what it said on stderr, `err`. `small_demo` makes `vitq demo` one plan, 16 images, few timings and a short staircase.
+there were, the `seconds` it took, and what it said on stderr, `err`.
+With `small_demo`, `vitq demo` makes one plan from 16 images, few timings and a short staircase.
 """
 
 import json
