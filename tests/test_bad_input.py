@@ -81,7 +81,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "evaluate model --verify": ("model is none", ".onnx"),
     "evaluate vitq-run/model.onnx --verify --min-top1 3": ("gates need images", "--images"),
     "evaluate vitq-run/model.onnx --images images --min-top1 nan": ("--min-top1", "0"),
-    "evaluate vitq-run/model.onnx --images images --min-agreement 200": ("--min-agreement", "100"),
+    "evaluate vitq-run/model.onnx --images images --min-agreement -1": ("--min-agreement", "0"),
     "evaluate vitq-run/model.onnx --images images --max-kl -1": ("--max-kl", "0"),
     "evaluate model --images images --max-kl 1": ("--max-kl", "--reference"),
     # bench, report, synthesize, demo, and no command

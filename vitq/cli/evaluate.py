@@ -42,8 +42,8 @@ def evaluate(
         bool, typer.Option("--verify", help="First compare the .onnx with the digests it was exported with; needs no --images.")
     ] = False,
     reference: Annotated[str | None, typer.Option("--reference", help="The float MODEL. (default: the artifact's run folder's)")] = None,
-    min_top1: Annotated[float | None, typer.Option("--min-top1", min=0, max=100, help="Percent; below it: exit 6.")] = None,
-    min_agreement: Annotated[float | None, typer.Option("--min-agreement", min=0, max=100, help="Percent; below it: exit 6.")] = None,
+    min_top1: Annotated[float | None, typer.Option("--min-top1", min=0, help="Percent; below it: exit 6.")] = None,
+    min_agreement: Annotated[float | None, typer.Option("--min-agreement", min=0, help="Percent; below it: exit 6.")] = None,
     max_kl: Annotated[float | None, typer.Option("--max-kl", min=0, help="Nats an image; above it: exit 6.")] = None,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
