@@ -67,8 +67,9 @@ def child(request: dict, counted: str) -> None:
 def small_demo() -> None:
     opened = vitq.images.open_images
 
-    def few(*arguments, **keywords):
-        return opened(*arguments, **{**keywords, "num_images": 16, "batch_size": 8})
+    def few(source, data_config, *rest, class_names=(), **_):
+        names = rest[4] if len(rest) > 4 else class_names
+        return opened(source, data_config, 16, batch_size=8, class_names=names)
 
     staircase, latencies = vitq.allocation.pareto, vitq.bench.latencies
     vitq.images.open_images = few
