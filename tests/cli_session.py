@@ -4,7 +4,10 @@ import contextlib
 import io
 import json
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +82,18 @@ def make_images(folder: Path, seed: int = 0) -> Path:
 
 
 def make_chain(folder: Path) -> list[Done]:
-    """A folder with `model`, `images` and a finished `vitq-run`, and what the four bare commands said."""
+    """A folder with `model`, `images` and a finished `vitq-run`, and what the four bare commands said; made once a process, then copied."""
+    made, said = _chain()
+    shutil.copytree(made.name, folder, dirs_exist_ok=True)
+    return said
+
+
+@cache
+def _chain() -> tuple[tempfile.TemporaryDirectory, list[Done]]:
+    made = tempfile.TemporaryDirectory()  # gone when the process ends
+    folder = Path(made.name)
     make_model(folder / "model")
     make_images(folder / "images")
     first = vitq("profile", "model", "--images", "images", "--num-images", 24, "--batch-size", 8, folder=folder)
-    return [first, *(vitq(*command, folder=folder) for command in (("allocate", "--budget", "4.0"), ("calibrate",), ("export",)))]
+    commands = (("allocate", "--budget", "4.0"), ("calibrate",), ("export",))
+    return made, [first, *(vitq(*command, folder=folder) for command in commands)]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A module or package of vitq may import those of the lines below its own, and its own files; nothing on its own line.
 FLOORS = (
-    ("errors", "choices"),
+    ("errors", "choices", "whole"),
     ("artifacts",),
     ("affine", "grid", "images", "latency", "moments", "processor", "units", "weights"),
     ("models", "graph", "quantizers", "runtime"),

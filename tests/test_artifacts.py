@@ -90,7 +90,7 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_whole(tmp_pat
         temporary.write_text("ha")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match=r"cannot write .*plan\.json: No space left on device; choose another place"):
+    with pytest.raises(InputError, match=r"cannot write .*plan\.json: No space left on device; make room there, or choose another place"):
         write_whole(path, half)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("plan.json", "old")]
     with pytest.raises(InputError, match="cannot write .*; choose another place with -o or --run-dir"):

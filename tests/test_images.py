@@ -3,6 +3,7 @@ import io
 import os
 import tarfile
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,19 @@ def huge_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
+def bomb_in_chunk(kind: bytes, start: bytes) -> bytes:
+    """A small PNG with a chunk of a hundred megabytes of zeros, compressed."""
+    pressed = zlib.compressobj(9)
+    data = start + b"".join(pressed.compress(bytes(10**7)) for _ in range(10)) + pressed.flush()
+    whole = io.BytesIO()
+    picture(1).save(whole, "PNG")
+    content = whole.getvalue()
+    header = 8 + 25  # signature and IHDR
+    chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    return content[:header] + chunk + content[header:]
+
+
+@cache
 def bad_files() -> dict[str, tuple[bytes, str]]:
     """Content and reason by name."""
     whole = io.BytesIO()
@@ -238,6 +252,12 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),  # Pillow would start a program
         "bomb.png": (huge_png(50_000, 50_000), "decompression bomb"),
         "large.png": (huge_png(12_000, 12_000), "announces 12000x12000 pixels"),
+        "text chunk.png": (bomb_in_chunk(b"zTXt", b"a\0\0"), "Decompressed data too large"),
+        "profile.png": (bomb_in_chunk(b"iCCP", b"a\0\0"), "Decompressed data too large"),
+        "international.png": (bomb_in_chunk(b"iTXt", b"a\0\1\0\0\0"), "Decompressed data too large"),
+        "many tags.jpg": (b"II*\0\x08\0\0\0" + b"\xff\x1f" + b"\x01\x01\x04\0\xff\xff\xff\xff\0\0\0\0" * 8191, "no image"),
+        "circle.jpg": (b"II*\0\x08\0\0\0" + b"\1\0" + b"\0\1\4\0\1\0\0\0\x0a\0\0\0" + b"\x08\0\0\0", "no image"),
+        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"><rect/></svg>', "no image"),
     }
 
 
@@ -269,6 +289,60 @@ def test_pipes_and_broken_links_are_bad_files(tmp_path):
     images = open_images(tmp_path, CONFIG)
     assert len(everything(images)[0]) == 40
     assert images.skipped == ["link.png: gone, or no regular file", "pipe.png: gone, or no regular file"]
+
+
+def test_folders_with_names_of_pictures(tmp_path):
+    flat_folder(tmp_path, 20)
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    picture(20).save(tmp_path / "folder.png" / "inside.png")
+    images = open_images(tmp_path, CONFIG)
+    assert len(everything(images)[0]) == 21 and not images.skipped
+
+
+def tar_with(path: Path, member: tarfile.TarInfo, content: bytes = b"") -> Path:
+    """A tar of twenty pictures and one more member."""
+    tar_of(flat_folder(path.with_suffix(""), 20))
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_members_of_a_tar_that_are_no_files_are_not_listed(tmp_path, kind):
+    member = tarfile.TarInfo("m.png")
+    member.type, member.linkname = kind, "/etc/passwd"
+    images = open_images(tar_with(tmp_path / "x.tar", member), CONFIG)
+    assert len(everything(images)[0]) == 20 and not images.skipped
+
+
+@pytest.mark.parametrize("name", ["../../outside.png", "/outside.png", "sub/../../outside.png"])
+def test_members_of_a_tar_are_read_where_they_lie(tmp_path, name):
+    whole = io.BytesIO()
+    picture(20).save(whole, "PNG")
+    member = tarfile.TarInfo(name)
+    member.size = len(whole.getvalue())
+    path = tar_with(tmp_path / "sub" / "x.tar", member, whole.getvalue())
+    before = sorted(tmp_path.rglob("*"))
+    assert len(everything(open_images(path, CONFIG))[0]) in (20, 21)
+    assert sorted(tmp_path.rglob("*")) == before and not Path("/outside.png").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_tar_with_a_member_of_terabytes_is_refused_at_once(tmp_path, inside):
+    member = tarfile.TarInfo("enormous.png")
+    member.size = 8 * 10**12
+    path = tar_of(flat_folder(tmp_path / "x", 3))
+    content = path.read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % 512) + member.tobuf(tarfile.GNU_FORMAT) + bytes(1000)
+    if inside:
+        outer = tarfile.TarInfo("x.tar")
+        outer.size = len(content)
+        path = tar_with(tmp_path / "y.tar", outer, content)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"\.tar cannot be read as a tar: unexpected end of data; make it again, or give the folder"):
+        open_images(path, CONFIG)
 
 
 def test_more_than_five_percent_bad_is_an_error(tmp_path):

@@ -8,16 +8,16 @@ import json
 import math
 import os
 import reprlib
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
 
 from vitq.choices import FisherLabels, LrpAggregate, LrpRules, LrpTarget, SensitivityLoss
 from vitq.errors import InputError, UsageError
+from vitq.whole import refusal, unfinished
 
 Role = Literal["weight", "post_layernorm", "post_softmax", "post_gelu", "image", "plain"]
 Operation = Literal["linear", "convolution", "matmul"]
@@ -312,13 +312,20 @@ def load_staircase(path: str | Path) -> Staircase:
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
-    """Raises UsageError where `path` exists and `force` is not set."""
-    if Path(path).exists() and not force:
+    """Raises UsageError where `path` exists and `force` is not set, and where it is no file that could be replaced."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give -o a file to write")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a device or a pipe, which is not replaced; give -o a file to write")
+    if path.exists() and not force:
         raise UsageError(f"{path} exists already; give --force to replace it or -o to write elsewhere")
 
 
 def refuse_missing(path: str | Path, made_by: str) -> None:
     """Raises InputError where there is no file `path`, which the command `made_by` writes."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder; give the file that `{made_by}` writes")
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; `{made_by}` writes it")
 
@@ -327,23 +334,24 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Has `write` fill a temporary file beside `path`, then renames it, so that no half-written file is ever seen.
 
     Raises:
+        UsageError: the path is a folder, a device or a pipe.
         InputError: the folder cannot be written to, or the disk is full.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place with -o or --run-dir") from None
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
+        refuse_existing(path, force=True)
+        with unfinished(path) as temporary:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: str | Path, error: Exception, otherwise: str = "choose another place with -o or --run-dir") -> InputError:
+    """The fault of a file that cannot be written: what the system refused, and what to do about it."""
+    reason, remedy = refusal(error) or ((getattr(error, "strerror", None) or str(error)), "")
+    return InputError(f"cannot write {path}: {reason}; {remedy}{', or ' if remedy else ''}{otherwise}")
 
 
 def _umask() -> int:

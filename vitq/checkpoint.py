@@ -23,7 +23,7 @@ from vitq.artifacts import BitPlan, Layer, ModelSpec, refuse_existing, refuse_mi
 from vitq.errors import InputError
 from vitq.fakequant import fake_quantize
 from vitq.graph import Graph, assign, capture, copy
-from vitq.models import build
+from vitq.models import LARGEST, build
 from vitq.quantizers import Quantizer, from_json, to_json
 from vitq.rewrites import fold_layernorms, rewrite
 
@@ -82,7 +82,8 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
     path = Path(path)
     tensors, plan, activations, made_from, errors = _read(path)
     spec = plan.model
-    graph = rewrite(capture(build(spec.architecture, spec.arguments, spec.num_classes), _input_size(path, spec), device))
+    size, stored = _input_size(path, spec), sum(tensor.numel() for tensor in tensors.values())
+    graph = rewrite(capture(build(spec.architecture, spec.arguments, spec.num_classes, stored), size, device))
     if graph.digest != spec.graph_digest:
         raise InputError(f"{path} was made for another graph of {spec.architecture}; run `vitq profile` again with this torch and timm")
     graph = fold_layernorms(graph)
@@ -133,7 +134,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def _input_size(path: Path, spec: ModelSpec) -> tuple[int, int, int]:
     size = spec.data_config.get("input_size")
-    if not (isinstance(size, list | tuple) and len(size) == 3 and all(type(length) is int and length > 0 for length in size)):
+    if not (isinstance(size, list | tuple) and len(size) == 3 and all(type(length) is int and 0 < length <= LARGEST for length in size)):
         raise InputError(f"{path} is damaged: input_size {size!r} is not [channels, height, width]; run `vitq calibrate` again")
     return size[0], size[1], size[2]
 

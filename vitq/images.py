@@ -187,7 +187,14 @@ def write_png(pixels: np.ndarray, path: str | Path, force: bool = False) -> None
 
 
 def describe(data_config: dict[str, Any]) -> str:
-    """The preprocessing in one line for people."""
+    """The preprocessing in one line for people; raises InputError where a file has something else in its place."""
+    try:
+        return _described(data_config)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise InputError(f"the preprocessing {data_config!r:.200} cannot be read: {error!r:.100}; correct the model's config") from None
+
+
+def _described(data_config: dict[str, Any]) -> str:
     channels, height, width = data_config["input_size"]
     crop_pct = data_config.get("crop_pct") or 0.875
     side = {"squash": "both sides", "border": "the long side"}.get(data_config.get("crop_mode") or "center", "the short side")
@@ -227,6 +234,8 @@ def _transform(data_config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
     config = {name: data_config[name] for name in _FIELDS if data_config.get(name) is not None}
     try:
         channels, height, width = config["input_size"]
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS} pixels")
         transform: Any = create_transform(**config, is_training=False)
         shape = tuple(transform(Image.new("L" if channels == 1 else "RGB", (width, height))).shape)
     except Exception as error:  # the config may come from any checkpoint
@@ -253,6 +262,7 @@ def _folder_entries(root: Path) -> list[_Entry]:
 
 def _tar_entries(path: Path) -> list[_Entry]:
     try:
+        _refuse_cut(path)
         samples = extract_tarinfos(str(path), cache_tarinfo=False, sort=False)[0]  # a cache would be a pickle
     except ValueError:  # timm unpacks an empty list
         return []
@@ -265,6 +275,15 @@ def _tar_entries(path: Path) -> list[_Entry]:
         folder = PurePosixPath(name).parent.name.removesuffix(".tar")  # as timm: of tars within a tar, each is a class
         entries.append(_Entry(name, folder, path, start + member.offset_data, member.size))
     return _sorted(entries)
+
+
+def _refuse_cut(path: Path) -> None:
+    """Raises tarfile.TarError where a member is to be larger than what is left of the file: timm would look for its end for days."""
+    with tarfile.open(path, "r:") as outer:
+        for member in outer:
+            if member.isfile() and member.name.endswith(".tar"):
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                    inner.getmembers()
 
 
 def _sorted(entries: list[_Entry]) -> list[_Entry]:

@@ -21,10 +21,18 @@ import timm
 from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.layers.config import set_fused_attn, use_fused_attn
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from vitq.errors import InputError
 from vitq.weights import SUFFIXES, count_classes, fit, load_strictly, read_tensors, refuse_not_finite
+
+LARGEST = 2**16
+"""The largest whole number that a width, a depth, an image's height or any other argument of a model may be."""
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pth")
 _REFUSED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
@@ -87,14 +95,20 @@ def refuse_unknown(model: str, arch: str | None = None) -> None:
     _default_config(model)
 
 
-def build(architecture: str, arguments: Mapping[str, Any], num_classes: int) -> nn.Module:
+def build(architecture: str, arguments: Mapping[str, Any], num_classes: int, stored: int | None = None) -> nn.Module:
     """The architecture without trained weights (none are fetched), in eval mode, its attention as matmuls and softmax.
+
+    Args:
+        architecture: timm's name.
+        arguments: of `timm.create_model`.
+        num_classes: of the head.
+        stored: how many numbers a file holds for it; what would have far more is not built.
 
     Raises:
         InputError: timm does not know the architecture, or it cannot be built with these arguments.
     """
     _default_config(architecture)
-    return _create(architecture, arguments, num_classes)
+    return _create(architecture, arguments, num_classes, stored=stored)
 
 
 def _load_local(
@@ -107,23 +121,24 @@ def _load_local(
     if architecture is None:
         raise InputError(f"nothing says which architecture {source} is; give --arch NAME (timm's) or a config.json beside the file")
     default = _default_config(architecture)
-    stored = config.get("pretrained_cfg") or {key: config[key] for key in default if key in config}
-    merged = {**default, **{key: value for key, value in stored.items() if value is not None}}
+    pretrained = config.get("pretrained_cfg") or {key: config[key] for key in default if key in config}
+    merged = {**default, **{key: value for key, value in pretrained.items() if value is not None}}
     arguments = {**config.get("model_args", {}), **extra}
-    said = (num_classes, arguments.pop("num_classes", None), config.get("num_classes"), stored.get("num_classes"))
+    said = (num_classes, arguments.pop("num_classes", None), config.get("num_classes"), pretrained.get("num_classes"))
     classes = next((count for count in said if isinstance(count, int) and count >= 0), None)
     arguments = _sized(arguments, merged, default, img_size)
 
-    module = _create(architecture, arguments, classes)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    module = _create(architecture, arguments, classes, stored=stored)
     pool = config.get("global_pool")
     if pool and "global_pool" not in arguments and getattr(module, "global_pool", pool) != pool:
         arguments["global_pool"] = pool  # timm's older configs name the pooling beside the arguments only
-        module = _create(architecture, arguments, classes)
+        module = _create(architecture, arguments, classes, stored=stored)
     heads = default.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     fitted = fit(tensors, module)
     if classes is None and heads and (found := count_classes(tensors, heads) or count_classes(fitted, heads)) != _classes_of(module):
-        module = _create(architecture, arguments, found)
+        module = _create(architecture, arguments, found, stored=stored)
         fitted = fit(tensors, module)
     if num_classes == 0:
         fitted = {name: tensor for name, tensor in fitted.items() if not name.startswith(tuple(f"{head}." for head in heads))}
@@ -131,7 +146,7 @@ def _load_local(
     load_strictly(module, fitted, {} if may_resize else tensors, weights, architecture)
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    names = config.get("label_names") or stored.get("label_names")
+    names = config.get("label_names") or pretrained.get("label_names")
     return _loaded(module, architecture, arguments, merged, img_size, names, source, digest)
 
 
@@ -223,7 +238,7 @@ def _sized(arguments: dict[str, Any], config: dict[str, Any], default: dict[str,
         channels, *size = (int(extent) for extent in config["input_size"])
         if len(size) != 2 or min(channels, *size) < 1:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
             f"input_size {config['input_size']!r:.80} of the model's config is not [channels, height, width]; correct it"
         ) from None
@@ -244,9 +259,12 @@ def _json_values(values: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"the model's arguments are no JSON values ({error}); give numbers, strings, booleans or lists") from None
 
 
-def _create(architecture: str, arguments: Mapping[str, Any], num_classes: int | None, pretrained: bool = False) -> nn.Module:
+def _create(
+    architecture: str, arguments: Mapping[str, Any], num_classes: int | None, pretrained: bool = False, stored: int | None = None
+) -> nn.Module:
     try:
-        with _unfused_attention():
+        _refuse_large_numbers(arguments)
+        with _unfused_attention(), _bounded(stored):
             return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments).eval()
     except Exception as error:  # constructors and the hub's client raise whatever they like
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -254,6 +272,43 @@ def _create(architecture: str, arguments: Mapping[str, Any], num_classes: int | 
             raise InputError(f"the weights of {architecture} could not be fetched ({reason}); offline, give a checkpoint file") from None
         given = dict(arguments) or "its defaults"
         raise InputError(f"{architecture} cannot be built with {given}: {reason}; correct the model's arguments") from None
+
+
+def _refuse_large_numbers(value: Any) -> None:
+    """Raises ValueError for a whole number that no width, depth or size of a model is: what timm would do with it takes all memory."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    for item in value if isinstance(value, list | tuple) else ():
+        _refuse_large_numbers(item)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{value} is more than {LARGEST}")
+
+
+@contextmanager
+def _bounded(stored: int | None) -> Iterator[None]:
+    """A model that is made inside has at most four times as many numbers as are stored for it, and 100 million more; None: any number.
+
+    Files come from anywhere. A tensor is refused when its module gets it: before its values take memory.
+    """
+    most, numbers = 4 * (stored or 0) + 10**8, 0
+
+    def count(_: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal numbers
+        numbers += tensor.numel() if isinstance(tensor, Tensor) else 10_000  # a module takes memory too
+        if stored is not None and numbers > most:
+            raise ValueError(f"with {name} it has more than {most} numbers, far more than the {stored} that are stored for it")
+
+    hooks = (
+        register_module_parameter_registration_hook,
+        register_module_buffer_registration_hook,
+        register_module_module_registration_hook,
+    )
+    handles = [register(count) for register in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vitq.calibration.mix_qvit import calibrate_mix_qvit
 from vitq.calibration.ptq4vit import calibrate_ptq4vit
 from vitq.calibration.reconstruct import calibrate_reconstruct
 from vitq.calibration.repq_vit import calibrate_repq_vit
+from vitq.calibration.scratch import discard
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.graph import Graph
@@ -26,7 +27,7 @@ from vitq.images import Images
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
 
-__all__ = ["LEARNING", "RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "expected"]
+__all__ = ["LEARNING", "RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "discard", "expected"]
 
 RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "fast": calibrate_fast,

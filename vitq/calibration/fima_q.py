@@ -93,17 +93,18 @@ def calibrate_fima_q(
     first = fit_uniform(graph, plan, _first_images(batches), symmetric)
     folded = first.floats
     assert folded is not None
-    scratch = Scratch(learning.scratch, digest(first, batches, learning))
-    all_images = torch.ones(sum(len(images) for images, _ in batches), dtype=torch.bool)
-    learned_from = images_at_start(folded, scratch, "images", batches, all_images, learning)
-    wanted = outputs(folded, learned_from, "output")
+    with Scratch(learning.scratch, digest(first, batches, learning)) as scratch:
+        all_images = torch.ones(sum(len(images) for images, _ in batches), dtype=torch.bool)
+        learned_from = images_at_start(folded, scratch, "images", batches, all_images, learning)
+        wanted = outputs(folded, learned_from, "output")
 
-    def learn(turn: Turn[RoundedBlock]) -> None:
-        learn_block(turn, wanted, plan.model.num_classes, turn.index == len(folded.blocks) - 1, learning.iterations)
+        def learn(turn: Turn[RoundedBlock]) -> None:
+            learn_block(turn, wanted, plan.model.num_classes, turn.index == len(folded.blocks) - 1, learning.iterations)
 
-    found = block_by_block(folded, first, [learned_from], RoundedBlock, learn, scratch, learning.seed, progress)
-    scratch.remove()
-    return found
+        found = block_by_block(folded, first, [learned_from], RoundedBlock, learn, scratch, learning.seed, progress)
+        if not learning.keep_scratch:
+            scratch.remove()
+        return found
 
 
 def fit_uniform(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:

@@ -24,7 +24,8 @@ class Learning:
     """How blocks are learned.
 
     `iterations` steps a block, each on `batch_size` images; `views` of each image, itself included (views.py); `seed` for views, batches
-    and drops; `scratch` the folder for what grows with the number of images; `fisher` weighs errors by Fisher information.
+    and drops; `scratch` the folder for what grows with the number of images; `fisher` weighs errors by Fisher information. With
+    `keep_scratch` the folder stays for whoever saves the result, so that a save that fails loses nothing.
     """
 
     iterations: int = 150
@@ -33,6 +34,7 @@ class Learning:
     batch_size: int = 32
     views: int = 8
     fisher: bool = True
+    keep_scratch: bool = False
 
     def check(self) -> None:
         """Raises UsageError where there is fewer than one iteration, view or image a batch."""

@@ -72,27 +72,30 @@ def calibrate_reconstruct(
         raise InputError(f"{len(held)} images are too few for recipe reconstruct; give --num-images at least {HELD_OUT}, or --recipe fast")
     folded, histograms, covariances = observe(graph, batches)
     fast = fit_fast(folded, histograms, covariances, plan, batches, symmetric)
-    scratch = Scratch(learning.scratch, digest(fast, batches, learning))
-    streams = [images_at_start(folded, scratch, name, batches, which, learning) for name, which in (("images", ~held), ("held", held))]
-    wanted, judged_wanted = (outputs(folded, stream, f"{name}.output") for name, stream in zip(("learn", "judge"), streams, strict=True))
-    loss_of = partial(loss, num_classes=plan.model.num_classes)
+    with Scratch(learning.scratch, digest(fast, batches, learning)) as scratch:
+        streams = [images_at_start(folded, scratch, name, batches, which, learning) for name, which in (("images", ~held), ("held", held))]
+        wanted, judged_wanted = (
+            outputs(folded, stream, f"{name}.output") for name, stream in zip(("learn", "judge"), streams, strict=True)
+        )
+        loss_of = partial(loss, num_classes=plan.model.num_classes)
 
-    def learn_block(turn: Turn[BlockVariables]) -> None:
-        learned_from, judged_on = turn.in_quantized
-        before, at_first = _judged(judged_on, judged_wanted, turn.step, turn.rest, loss_of), turn.variables.tensors(copied=True)
-        if turn.index >= len(folded.blocks) - _BY_OUTPUT:
-            error = partial(output_error, rest=turn.rest, wanted=wanted, loss_of=loss_of)
-        else:
-            weights = weights_of_errors(turn.after, turn.rest, plan.model.num_classes, turn.generator) if learning.fisher else {}
-            error = partial(block_error, wanted=turn.after, weights=weights)
-        learn(turn.variables, turn.step, turn.in_float, learned_from, error, learning, turn.generator, turn.told)
-        if not _judged(judged_on, judged_wanted, turn.step, turn.rest, loss_of) <= before:
-            turn.variables.put(at_first)
+        def learn_block(turn: Turn[BlockVariables]) -> None:
+            learned_from, judged_on = turn.in_quantized
+            before, at_first = _judged(judged_on, judged_wanted, turn.step, turn.rest, loss_of), turn.variables.tensors(copied=True)
+            if turn.index >= len(folded.blocks) - _BY_OUTPUT:
+                error = partial(output_error, rest=turn.rest, wanted=wanted, loss_of=loss_of)
+            else:
+                weights = weights_of_errors(turn.after, turn.rest, plan.model.num_classes, turn.generator) if learning.fisher else {}
+                error = partial(block_error, wanted=turn.after, weights=weights)
+            learn(turn.variables, turn.step, turn.in_float, learned_from, error, learning, turn.generator, turn.told)
+            if not _judged(judged_on, judged_wanted, turn.step, turn.rest, loss_of) <= before:
+                turn.variables.put(at_first)
 
-    found = block_by_block(folded, fast, streams, BlockVariables, learn_block, scratch, learning.seed, progress)
-    best = min((found, fast), key=lambda checkpoint: held_out_loss(checkpoint, folded, batches))
-    scratch.remove()
-    return best
+        found = block_by_block(folded, fast, streams, BlockVariables, learn_block, scratch, learning.seed, progress)
+        best = min((found, fast), key=lambda checkpoint: held_out_loss(checkpoint, folded, batches))
+        if not learning.keep_scratch:
+            scratch.remove()
+        return best
 
 
 def held_out(batches: Batches) -> Tensor:

@@ -5,8 +5,9 @@ its memory than it asked for. A folder belongs to one calibration, named by a di
 kept, block by block, each file whole or not there, so that a killed run goes on behind its last whole block.
 """
 
-import shutil
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitq.artifacts import write_whole
+from vitq.artifacts import cannot_write, write_whole
 from vitq.errors import InputError
+from vitq.whole import lock, locked
 
 _OWNER = "calibration.txt"
 
@@ -32,15 +34,18 @@ class Rows:
 
     def write(self, first: int, values: Tensor) -> None:
         """Puts values, (some, ...), at the rows from `first` on."""
-        rows = values.detach().cpu().numpy()
-        mode = "r+"
+        rows = np.ascontiguousarray(values.detach().cpu().numpy())
+        mode = "r+b"
         if self._dtype is None:
-            self._shape, self._dtype, mode = (self.count, *rows.shape[1:]), rows.dtype, "w+"
-        try:
-            mapped = np.memmap(self.path, self._dtype, mode, shape=self._shape)
-            mapped[first : first + len(rows)] = rows
+            self._shape, self._dtype, mode = (self.count, *rows.shape[1:]), rows.dtype, "w+b"
+        size = math.prod(self._shape[1:]) * self._dtype.itemsize
+        try:  # written and not mapped: on a full disk, writing to a map kills the process
+            with self.path.open(mode) as file:
+                file.truncate(self.count * size)
+                file.seek(first * size)
+                file.write(rows.data)
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}; make room and run again, it goes on there") from None
+            raise cannot_write(self.path, error, "run again, it goes on there") from None
 
     def read(self, rows: Tensor) -> Tensor:
         """The rows of the given numbers, a tensor of its own."""
@@ -53,26 +58,40 @@ class Rows:
 
 
 class Scratch:
-    """A scratch folder of the calibration with the given digest."""
+    """A scratch folder of the calibration with the given digest, for one run at a time: use it in a `with` statement."""
 
     def __init__(self, folder: Path, digest: str) -> None:
         """Makes the folder, or goes on in it.
 
         Raises:
-            InputError: there is something else in its place, or it cannot be written.
+            InputError: there is something else in its place, another run uses it, or it cannot be written.
         """
         self.folder = folder
         owner = folder / _OWNER
         try:
-            if folder.exists() and any(folder.iterdir()):
-                if not owner.is_file():
-                    raise InputError(f"{folder} is no scratch folder of vitq, so nothing is written to it; move it away or choose another")
-                if owner.read_text(encoding="utf-8") != digest:
-                    shutil.rmtree(folder)
+            if folder.exists() and any(folder.iterdir()) and not owner.is_file():
+                raise InputError(f"{folder} is no scratch folder of vitq, so nothing is written to it; move it away or choose another")
             folder.mkdir(parents=True, exist_ok=True)
-            owner.write_text(digest, encoding="utf-8")
+            self._owner = owner.open("a+", encoding="utf-8")
+            lock(self._owner.fileno(), wait=False)
+            self._owner.seek(0)
+            if self._owner.read() != digest:
+                self._owner.truncate(0)
+                _empty(folder)
+                self._owner.write(digest)
+                self._owner.flush()
+        except BlockingIOError:
+            raise InputError(f"another run calibrates in {folder}; wait until it has ended, or give another --run-dir") from None
         except OSError as error:
-            raise InputError(f"cannot write {folder}: {error.strerror or error}; choose another scratch folder") from None
+            raise cannot_write(folder, error, "choose another scratch folder") from None
+
+    def __enter__(self) -> "Scratch":
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets other runs use the folder."""
+        self._owner.close()
 
     def rows(self, name: str, count: int) -> Rows:
         """A new file of rows."""
@@ -95,7 +114,22 @@ class Scratch:
 
     def remove(self) -> None:
         """Deletes the folder and all that is in it."""
-        shutil.rmtree(self.folder)
+        self._owner.close()
+        discard(self.folder)
 
     def _result(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def discard(folder: Path) -> None:
+    """Deletes a scratch folder that no run uses, what marks it as one last: a run that is killed here is no obstacle to the next."""
+    with suppress(BlockingIOError, FileNotFoundError), locked(folder / _OWNER, wait=False):
+        _empty(folder)
+        (folder / _OWNER).unlink()
+        folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != _OWNER:
+            path.unlink()

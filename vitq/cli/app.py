@@ -22,7 +22,8 @@ from vitq.cli.profile import profile
 from vitq.cli.report import report
 from vitq.cli.show import show
 from vitq.cli.synthesize import synthesize
-from vitq.errors import VitqError
+from vitq.errors import InputError, VitqError
+from vitq.whole import refusal
 
 
 def going_on(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except VitqError as error:
         print(f"vitq: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if (found := refusal(error)) is None:
+            raise
+        print(f"vitq: {error.filename or 'the output'}: {found[0]}; {found[1]}", file=sys.stderr)
+        sys.exit(InputError.exit_code)
 
 
 def _print_version(wanted: bool) -> None:

@@ -30,8 +30,12 @@ CALIBRATION_IMAGES = 8
 
 def bench(
     files: Annotated[list[Path] | None, typer.Argument(metavar="[ONNX]...", help="(default: model.onnx in the run folder)")] = None,
-    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Images a run; repeatable. (default: 1)")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each run. (default: one a core)")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, max=options.MOST_IMAGES, help="Images a run; repeatable. (default: 1)")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=options.MOST_WORKERS, help="Threads of each run. (default: one a core)")
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, help="Timed runs of each file. (default: some 10 s of them, 20 to 200)")
     ] = None,
@@ -45,7 +49,7 @@ def bench(
     layers: Annotated[
         bool, typer.Option("--layers", help="In place of files: every layer of the run folder's profile, into latency.json.")
     ] = False,
-    max_ms: Annotated[float | None, typer.Option("--max-ms", help="The files' medians; above it: exit 6.")] = None,
+    max_ms: Annotated[float | None, typer.Option("--max-ms", min=0, help="The files' medians; above it: exit 6.")] = None,
     seed: options.UnusedSeed = None,
     device: options.UnusedDevice = "cpu",
     run_dir: options.RunDir = None,

@@ -74,7 +74,7 @@ def calibrate(
     options.usable_device(device)
     from vitq.calibration import LEARNING as DEFAULTS
     from vitq.calibration import calibrate as fit
-    from vitq.calibration import expected
+    from vitq.calibration import discard, expected
     from vitq.calibration.attribution import IMAGES as ATTRIBUTED
     from vitq.checkpoint import save
     from vitq.quantizers import LogGrid, Uniform
@@ -89,7 +89,7 @@ def calibrate(
     scratch, learning = None, None
     if recipe in LEARNING:
         scratch, default = path.with_name(f".{path.stem}.scratch"), DEFAULTS[recipe]
-        learning = replace(default, iterations=iterations or default.iterations, seed=remembered.seed, scratch=scratch)
+        learning = replace(default, iterations=iterations or default.iterations, seed=remembered.seed, scratch=scratch, keep_scratch=True)
     if dry_run:
         if learning is not None:  # steps on blocks, not passes over images: from the time of one pass
             found = {"num_images": opened.num_listed} | asdict(expected(loaded, chosen, opened, device, learning))
@@ -107,6 +107,8 @@ def calibrate(
         checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric, learning, progress)
     calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
     save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)
+    if scratch is not None:
+        discard(scratch)
     lines: list[str] = []
     document: dict[str, Any] = {
         "output": str(path),

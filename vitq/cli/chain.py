@@ -6,15 +6,17 @@ A source is kept as it was given. A relative one is looked for in the current fo
 the digest that was stored. An option that names a source wins, and then nothing is compared.
 """
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitq.cli.options import DEFAULT_NUM_IMAGES
-from vitq.errors import InputError, UsageError
+from vitq.errors import InputError
 
 if TYPE_CHECKING:
     from vitq.artifacts import BitPlan, Profile
@@ -176,9 +178,19 @@ def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Pa
 
     path = output or folder / name
     refuse_existing(path, force)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; give -o a file to write")
+    refuse_unwritable(path)
     return path
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raises InputError, before anything is computed, where a path lies below a file or in a folder that cannot be written to."""
+    from vitq.artifacts import cannot_write
+
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, ""))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise cannot_write(path, PermissionError(errno.EACCES, ""))
 
 
 def in_folder(command: str, path: Path, name: str) -> str:

@@ -14,7 +14,7 @@ import typer
 
 from vitq.cli import options
 from vitq.cli.bench import usable_cores
-from vitq.cli.chain import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE, digest_of
+from vitq.cli.chain import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE, digest_of, refuse_unwritable
 from vitq.cli.evaluate import flat, save_result
 from vitq.cli.profile import remembering
 from vitq.cli.report import write_report
@@ -47,6 +47,7 @@ def demo(
     terminal = Terminal(quiet, verbose, as_json)
     if run_dir.exists() and not (force and run_dir.is_dir()):
         raise UsageError(f"{run_dir} exists already; give --force to replace what the demo writes there, or another --run-dir")
+    refuse_unwritable(run_dir / PROFILE)
     from vitq.cli.sources import LoadingOptions
     from vitq.images import open_images
     from vitq.importance import profile

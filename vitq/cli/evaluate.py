@@ -24,6 +24,7 @@ from vitq.cli.chain import (
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
+from vitq.whole import locked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,15 +44,15 @@ def evaluate(
         bool, typer.Option("--verify", help="First compare the .onnx with the digests it was exported with; needs no --images.")
     ] = False,
     reference: Annotated[str | None, typer.Option("--reference", help="The float MODEL. (default: the artifact's run folder's)")] = None,
-    min_top1: Annotated[float | None, typer.Option("--min-top1", help="Percent; below it: exit 6.")] = None,
-    min_agreement: Annotated[float | None, typer.Option("--min-agreement", help="Percent; below it: exit 6.")] = None,
-    max_kl: Annotated[float | None, typer.Option("--max-kl", help="Nats an image; above it: exit 6.")] = None,
+    min_top1: Annotated[float | None, typer.Option("--min-top1", min=0, help="Percent; below it: exit 6.")] = None,
+    min_agreement: Annotated[float | None, typer.Option("--min-agreement", min=0, help="Percent; below it: exit 6.")] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", min=0, help="Nats an image; above it: exit 6.")] = None,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
     img_size: options.ImgSize = None,
     model_kwargs: options.ModelKwargs = None,
     num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset. (default: all)")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Chooses the subset of the images.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Chooses the subset of the images.")] = 0,
     dry_run: options.DryRun = False,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = 0,
@@ -155,11 +156,12 @@ def flat(found: "Evaluation") -> dict[str, Any]:
 def save_result(document: dict[str, Any], folder: Path, name: str) -> None:
     """Puts a result into a run folder's evaluations, in place of an earlier one of the same artifact."""
     path = folder / EVALUATION
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError):
-        found = {}
-    _write(path, (found if isinstance(found, dict) else {}) | {name: document})
+    with locked(folder):  # else, of two runs that end at once, one result would be lost
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (ValueError, RecursionError):
+            found = {}
+        _write(path, (found if isinstance(found, dict) else {}) | {name: document})
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

@@ -121,8 +121,8 @@ def export(
 def _fixed_batch(batch: str) -> int | None:
     if batch == "dynamic":
         return None
-    if not (batch.isdecimal() and batch.isascii() and int(batch) > 0):
-        raise UsageError(f"--batch {batch!r} is not known; give dynamic or a number of images")
+    if not (batch.isdecimal() and batch.isascii() and len(batch) < 8 and 0 < int(batch) <= options.MOST_IMAGES):
+        raise UsageError(f"--batch {batch!r} is not known; give dynamic or a number of images, at most {options.MOST_IMAGES}")
     return int(batch)
 
 

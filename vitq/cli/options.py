@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 DEFAULT_NUM_IMAGES = 256
 """How many images profile, calibrate and export take where nothing says otherwise."""
+MOST_IMAGES = 2**20
+"""Of a batch, or at once in a file."""
+MOST_WORKERS = 1024
+"""Processes or threads: more are a slip of the keyboard, and would take the machine down."""
+MOST_SEED = 2**32 - 1
 
 Arch = Annotated[str | None, typer.Option("--arch", help="timm architecture of a checkpoint that does not say.")]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Classes of the head; 0 for a backbone. (default: the checkpoint's)")]
@@ -32,10 +37,12 @@ RememberedImages = Annotated[
     str | None, typer.Option("--images", help="A folder, a .tar or an images.safetensors. (default: those of the stage before)")
 ]
 NumImages = Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images; 0: none beside this one.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=MOST_IMAGES, help="Images a batch.")]
+Workers = Annotated[int, typer.Option("--workers", min=0, max=MOST_WORKERS, help="Processes that decode images; 0: none beside this one.")]
 Device = Annotated[str, typer.Option("--device", autocompletion=completion.devices, help="Where to compute: cpu, cuda, cuda:1, ...")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Chooses the subset of the images. (default: the stage before's, else 0)")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=MOST_SEED, help="Chooses the subset of the images. (default: the stage before's, else 0)")
+]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Where artifacts are read and written. (default: the given artifact's folder, or vitq-run)")
 ]
@@ -103,7 +110,7 @@ def usable_device(text: str) -> str:
     import torch
 
     try:
-        torch.zeros(1, device=text)
+        torch.zeros(1, device=text).item()  # device meta holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"--device {text!r} cannot be used here: {reason}; give cpu, or cuda where there is a GPU") from None

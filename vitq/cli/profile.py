@@ -39,7 +39,9 @@ def profile(
     img_size: options.ImgSize = None,
     model_kwargs: options.ModelKwargs = None,
     num_images: options.NumImages = options.DEFAULT_NUM_IMAGES,
-    seed: Annotated[int, typer.Option("--seed", help="Chooses the subset of the images, and all else that is random.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Chooses the subset of the images, and all else that is random.")
+    ] = 0,
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Go on with an interrupted sensitivity, the one metric that takes long, or start anew."),

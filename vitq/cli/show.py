@@ -184,7 +184,7 @@ def _read_onnx(path: Path) -> Shown:
     metadata = {name.removeprefix("vitq."): value for name, value in onnx_metadata(path).items() if name.startswith("vitq.")}
     metadata.pop("digests", None)  # for evaluate --verify
     plan = metadata.pop("plan", None)
-    if not isinstance(plan, dict):
+    if not isinstance(plan, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in plan.values()):
         raise InputError(f"{path} holds no plan, so vitq did not write it; `vitq export` writes one that does")
     bits = {name: {"weight_bits": weight, "activation_bits": activation} for name, (weight, activation) in plan.items()}
     beside = _profile_beside(path, set(bits))

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from vitq.artifacts import Value
+from vitq.cli.options import MOST_SEED
 
 
 class LoadingOptions(Value):
@@ -29,5 +30,5 @@ class ImageSource(Value):
 
     source: str
     digest: str
-    num_images: int
-    seed: int = 0
+    num_images: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)

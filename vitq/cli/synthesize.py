@@ -19,7 +19,7 @@ _TRIED = 4  # steps of a dry run; the first ones are slower
 
 def synthesize(
     model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
-    num_images: Annotated[int, typer.Option("--num-images", min=1, help="How many images to make.")] = 32,
+    num_images: Annotated[int, typer.Option("--num-images", min=1, max=options.MOST_IMAGES, help="How many images to make.")] = 32,
     max_minutes: Annotated[
         float, typer.Option("--max-minutes", help="The time that all of it may take; the steps are reduced to fit.")
     ] = 10.0,
@@ -31,8 +31,12 @@ def synthesize(
     num_classes: options.NumClasses = None,
     img_size: options.ImgSize = None,
     model_kwargs: options.ModelKwargs = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the noise, the classes and all else that is random.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images made together; a batch that is done is kept.")] = 8,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Of the noise, the classes and all else that is random.")
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=options.MOST_IMAGES, help="Images made together; a batch that is done is kept.")
+    ] = 8,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Try some steps, say what time, memory and disk all of it takes, and stop.")
     ] = False,
@@ -55,6 +59,7 @@ def synthesize(
     loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
     from vitq.artifacts import refuse_existing
+    from vitq.calibration import discard
     from vitq.cli.sources import ModelSource
     from vitq.images import write_png
     from vitq.models import load
@@ -84,7 +89,7 @@ def synthesize(
         return
     scratch = path.with_name(f".{path.stem}.scratch")
     with terminal.keeping(scratch), terminal.working("synthesize", f"{num_images} images") as progress:
-        made = make(loaded, num_images, seed, scratch, max_minutes, iterations, batch_size, device, progress)
+        made = make(loaded, num_images, seed, scratch, max_minutes, iterations, batch_size, device, progress, keep_scratch=True)
     source = ModelSource(source=loaded.source, digest=loaded.digest, options=loading)
     how = {"num_images": num_images, "seed": seed, "iterations": made.steps, "batch_size": batch_size, "vitq": __version__}
     made_from = {"model": source.model_dump(), "synthesis": how}
@@ -92,6 +97,7 @@ def synthesize(
     if preview is not None:
         write_png(sheet(made.pictures), preview, force)
     save(framed(made.pictures, loaded.data_config), made.labels, made_from, path, force)
+    discard(scratch)
     document: dict[str, Any] = {
         "output": str(path),
         "preview": None if preview is None else str(preview),

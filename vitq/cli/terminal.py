@@ -46,7 +46,7 @@ class Terminal:
     def result(self, document: dict[str, Any], *parts: "str | Table") -> None:
         """What the command found: the document with --json, else the parts, lines or tables."""
         if self.as_json:
-            print(json_text(document), end="")
+            print(json_text(document), end="", flush=True)  # so that a full disk is said here, and not as the interpreter ends
             return
         for part in parts:
             if isinstance(part, str):
@@ -55,6 +55,7 @@ class Terminal:
                 from rich.console import Console
 
                 Console().print(part)
+        sys.stdout.flush()
 
     def next(self, command: str) -> None:
         """The command that comes next, for people."""

@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from vitq.artifacts import cannot_write
 from vitq.errors import InputError
+from vitq.whole import lock
 
 FORMAT = "vitq-journal/1"
 
@@ -28,7 +30,7 @@ class Journal:
         """Opens or begins the journal of what `header` (plain JSON values) describes.
 
         Raises:
-            InputError: the file is no journal, or cannot be read and written.
+            InputError: the file is no journal, cannot be read and written, or another run writes it.
         """
         self._path, self._file, self._accepted = path, None, 0
         self._replaying = path is not None
@@ -69,12 +71,12 @@ class Journal:
         return None
 
     def _append(self, line: bytes) -> None:
-        assert self._file is not None
+        assert self._file is not None and self._path is not None
         try:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise InputError(f"cannot write {self._path}: {error.strerror or error}; make room and run again, it goes on there") from None
+            raise cannot_write(self._path, error, "run again, it goes on there") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -83,7 +85,12 @@ def _open(path: Path) -> IO[bytes]:
         path.touch()
         file = path.open("r+b")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place for the journal") from None
+        raise cannot_write(path, error, "choose another place for the journal") from None
+    try:
+        lock(file.fileno(), wait=False)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"another run writes {path}; wait until it has ended, or give another --run-dir") from None
     beginning = file.read(len(_MAGIC))
     if not _MAGIC.startswith(beginning):  # a header may be torn too
         file.close()

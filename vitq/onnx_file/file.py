@@ -3,14 +3,14 @@
 Files are made in a folder of their own beside the place where they are to appear, run from there, and renamed into place.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 
-from vitq.errors import InputError
+from vitq.artifacts import cannot_write
+from vitq.whole import unfinished
 
 LARGEST = 2**31 - 2**24
 """Bytes of tensors that a file of one part holds; protobuf's limit is 2^31 for all of it."""
@@ -29,11 +29,10 @@ def folder_beside(path: Path) -> Iterator[Path]:
         InputError: the place cannot be written to, or the disk is full.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name[:80]}.", dir=path.parent) as folder:
-            yield Path(folder)
+        with unfinished(path, folder=True) as folder:
+            yield folder
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place with -o or --run-dir") from None
+        raise cannot_write(path, error) from None
 
 
 def store(model: onnx.ModelProto, path: Path) -> None:

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vitq import grid
-from vitq.artifacts import BitPlan
 from vitq.report.bit_map import Bits, sums
-from vitq.report.findings import Findings, Lacking
+from vitq.report.findings import Findings, Lacking, asked
 
 SHADES = 6
 """How many steps of colour a cost may have."""
@@ -42,8 +40,8 @@ def sensitivity(findings: Findings) -> Sensitivity | Lacking:
     profile = findings.profile
     if profile is None or not profile.costs:
         return Lacking(f"vitq profile MODEL --images PATH{findings.option}")
-    asked = _asked(findings.chosen).get("metric")
-    metric = asked if asked in profile.costs else next(iter(profile.costs))
+    wishes = asked(findings.chosen)
+    metric = wishes.metric if wishes and wishes.metric in profile.costs else next(iter(profile.costs))
     table = profile.costs[metric]
     average = (sums(findings) or {}).get("average_activation_bits") or 4
     width = min(table.bits, key=lambda bits: (abs(bits - average), bits))
@@ -59,11 +57,6 @@ def _sums_by(kind: str, costs: Mapping[str, float], where: Mapping[str, grid.Pla
     keys = {getattr(place, kind) for place in where.values()}
     sums_by_key = {key: math.fsum(costs[name] for name in where if getattr(where[name], kind) == key) for key in keys}
     return {key: _text(value, power) for key, value in sums_by_key.items()}
-
-
-def _asked(plan: BitPlan | None) -> Mapping[str, Any]:
-    asked = plan.made_from.get("allocation") if plan else None
-    return asked if isinstance(asked, dict) else {}
 
 
 def _power(values: list[float]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitq.artifacts import BitPlan, Profile, Staircase
 from vitq.latency import LatencyTable
@@ -19,6 +19,27 @@ class Result(BaseModel):
     """A saved result: closed against nonsense, open for what later versions add."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Asked(Result):
+    """What was asked of `allocate`, as a plan remembers it."""
+
+    budgets: tuple[str, ...] = ()
+    uniform: str | None = None
+    metric: str | None = None
+    objective: str | None = None
+    gamma: float | None = None
+    bits: tuple[int, ...] = ()
+    bits_apart: bool = False
+    fixed: tuple[str, ...] = ()
+
+
+def asked(plan: BitPlan | None) -> Asked | None:
+    """What was asked of `allocate` for a plan; None where it does not say, or says what cannot be."""
+    try:
+        return Asked.model_validate(plan.made_from["allocation"]) if plan else None
+    except (KeyError, ValidationError):
+        return None
 
 
 class Evaluated(Result):

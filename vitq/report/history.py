@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitq.artifacts import WIDTHS
-from vitq.report.findings import Findings
+from vitq.report.findings import Asked, Findings, asked
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ def history(findings: Findings, sums: Mapping[str, Any] | None) -> History:
         words = ["vitq", "profile", *sources[0], *sources[1], *(word for metric in profile.costs for word in ("--metric", metric))]
         words += ["--bits", ",".join(map(str, widths))] if tuple(widths) != WIDTHS else []
         commands.append(_line(words, findings))
-    if plan is not None and (asked := plan.made_from.get("allocation")) and isinstance(asked, dict):
+    if plan is not None and (wishes := asked(plan)) is not None:
         refine = ["--refine"] if plan.summary.get("status") == "refined by measuring" else []
-        commands.append(_line(["vitq", "allocate", *_asked(asked), *refine], findings))
+        commands.append(_line(["vitq", "allocate", *_words(wishes), *refine], findings))
         if sums is not None and any(plan.summary.get(key) != sums[key] for key in ("size_bytes", "bops")):
             remarks.append("plan.json was edited after that.")
     elif plan is not None:
@@ -83,12 +83,12 @@ def _images(source: Any) -> list[str]:
     return words
 
 
-def _asked(asked: Mapping[str, Any]) -> list[str]:
-    words = [word for budget in asked.get("budgets") or () for word in ("--budget", str(budget))]
-    words += ["--uniform", str(asked["uniform"])] if asked.get("uniform") else []
-    words += ["--metric", str(asked["metric"])] if asked.get("metric") else []
-    words += ["--objective", str(asked["objective"])] if asked.get("objective") not in (None, "sum") else []
-    words += ["--gamma", str(asked["gamma"])] if asked.get("gamma") is not None else []
-    words += ["--bits", ",".join(map(str, asked["bits"]))] if asked.get("bits") and tuple(asked["bits"]) != WIDTHS else []
-    words += ["--bits-apart"] if asked.get("bits_apart") else []
-    return [*words, *(word for text in asked.get("fixed") or () for word in ("--fixed", str(text)))]
+def _words(wishes: Asked) -> list[str]:
+    words = [word for budget in wishes.budgets for word in ("--budget", budget)]
+    words += ["--uniform", wishes.uniform] if wishes.uniform else []
+    words += ["--metric", wishes.metric] if wishes.metric else []
+    words += ["--objective", wishes.objective] if wishes.objective not in (None, "sum") else []
+    words += ["--gamma", f"{wishes.gamma:g}"] if wishes.gamma is not None else []
+    words += ["--bits", ",".join(map(str, wishes.bits))] if wishes.bits and wishes.bits != WIDTHS else []
+    words += ["--bits-apart"] if wishes.bits_apart else []
+    return [*words, *(word for text in wishes.fixed for word in ("--fixed", text))]

@@ -57,7 +57,7 @@ def _preprocessing(data_config: Mapping[str, Any]) -> str:
     """In words; what an edited artifact says in its own."""
     try:
         return describe(dict(data_config))
-    except (KeyError, TypeError, ValueError, ArithmeticError):
+    except InputError:
         return ", ".join(f"{name} {text}" for name, text in _flat(data_config))
 
 

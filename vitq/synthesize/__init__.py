@@ -68,6 +68,7 @@ def synthesize(
     batch_size: int = 8,
     device: str = "cpu",
     progress: Callable[[float, float, str], None] | None = None,
+    keep_scratch: bool = False,
 ) -> Synthesis:
     """Makes images from a model.
 
@@ -81,6 +82,7 @@ def synthesize(
         batch_size: images that descend together.
         device: where to compute.
         progress: called with (steps done, all of them, what is done).
+        keep_scratch: leave the folder for whoever saves the images, so that a save that fails loses nothing.
 
     Raises:
         UsageError: a number that is too small.
@@ -95,28 +97,29 @@ def synthesize(
     started = time.perf_counter()
     wanted = objective_of(capture(model.module, (channels, height, width), device))
     how = f"{model.digest} {wanted.graph.digest} {num_images} {seed} {max_minutes} {steps} {batch_size} {torch.__version__}"
-    kept = Scratch(scratch, hashlib.sha256(how.encode()).hexdigest())
-    labels = _classes(model.num_classes, num_images, _generator(seed, "classes"))
-    batches = [slice(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
-    steps, noise_entropy = _fitted(kept, wanted, batches, labels, steps, 60 * max_minutes - (time.perf_counter() - started), seed)
-    made = []
-    for index, rows in enumerate(batches):
-        done = kept.kept(f"batch.{index}")
-        if done is None:
+    with Scratch(scratch, hashlib.sha256(how.encode()).hexdigest()) as kept:
+        labels = _classes(model.num_classes, num_images, _generator(seed, "classes"))
+        batches = [slice(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
+        steps, noise_entropy = _fitted(kept, wanted, batches, labels, steps, 60 * max_minutes - (time.perf_counter() - started), seed)
+        made = []
+        for index, rows in enumerate(batches):
+            done = kept.kept(f"batch.{index}")
+            if done is None:
 
-            def told(step: int, before: int = index * steps) -> None:
-                if progress:
-                    progress(before + step, len(batches) * steps, f"{steps} steps")
+                def told(step: int, before: int = index * steps) -> None:
+                    if progress:
+                        progress(before + step, len(batches) * steps, f"{steps} steps")
 
-            chosen = None if labels is None else labels[rows].to(device)
-            generator = _generator(seed, f"batch {index}")
-            images = descend(wanted, model.data_config, rows.stop - rows.start, chosen, steps, generator, told)
-            done = {"pictures": pixels(images, model.data_config)}
-            kept.keep(f"batch.{index}", done)
-        made.append(done["pictures"])
-    entropy, agreement = _judged(wanted, model, made, batches, labels)
-    kept.remove()
-    return Synthesis(torch.cat(made), labels, steps, entropy, noise_entropy, agreement)
+                chosen = None if labels is None else labels[rows].to(device)
+                generator = _generator(seed, f"batch {index}")
+                images = descend(wanted, model.data_config, rows.stop - rows.start, chosen, steps, generator, told)
+                done = {"pictures": pixels(images, model.data_config)}
+                kept.keep(f"batch.{index}", done)
+            made.append(done["pictures"])
+        entropy, agreement = _judged(wanted, model, made, batches, labels)
+        if not keep_scratch:
+            kept.remove()
+        return Synthesis(torch.cat(made), labels, steps, entropy, noise_entropy, agreement)
 
 
 def _generator(seed: int, what: str) -> torch.Generator:

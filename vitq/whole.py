@@ -1,0 +1,120 @@
+"""Files that appear whole or not at all, locks that end with whoever holds them, and what a system refuses in words.
+
+A file is made under another name beside its place, and renamed when it is whole. A run that is killed leaves the unfinished one behind,
+`.NAME.RANDOM.part`. Whoever makes one holds a lock on it, which the system drops with the process, however that ends: so the next run
+that writes to the same place knows what nobody makes any more, and removes it.
+
+Left out: systems and file systems without flock. There nothing is locked, and what a killed run left stays.
+"""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+PART = ".part"
+_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EFBIG: "allow larger files there",
+    errno.EACCES: "change who may read and write there",
+    errno.EPERM: "change who may read and write there",
+    errno.EROFS: "mount it to be written to",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ENOTDIR: "give a path through folders only",
+    errno.EEXIST: "give a path through folders only",
+    errno.ELOOP: "give a path without links that lead in a circle",
+    errno.EIO: "look after the disk",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+
+
+def refusal(error: Exception) -> tuple[str, str] | None:
+    """What a system refused, by the error's number or its text, and what to do about it; None where it may be a fault of ours."""
+    text = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' own errors
+    number = error.errno if isinstance(error, OSError) else int(text[1]) if text else None
+    if number not in _REMEDIES:
+        return None
+    return "there is a file where a folder is needed" if number in (errno.EEXIST, errno.ENOTDIR) else os.strerror(number), _REMEDIES[number]
+
+
+@contextmanager
+def unfinished(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A new file, or folder, beside `path`, that is gone afterwards unless it was renamed; what killed runs left there is removed.
+
+    Raises:
+        OSError: the place cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = f".{path.name.encode('utf-8', 'surrogateescape')[:80].decode('utf-8', 'ignore')}."
+    for left in path.parent.glob(f"{escape(start)}*{PART}"):
+        with suppress(OSError), locked(left, wait=False) as held:
+            if held:
+                _remove(left)
+    made, handle = _made(path.parent, start, folder)
+    try:
+        yield made
+    finally:
+        _remove(made)
+        os.close(handle)
+
+
+@contextmanager
+def locked(place: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of a file or folder; gives and raises what `lock` does, and OSError where there is none to open."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        yield lock(handle, wait)
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, wait: bool) -> bool:
+    """Takes the lock of an open file or folder, until it is closed; False where the system or the file system has none.
+
+    Raises:
+        BlockingIOError: another run holds it, and `wait` is not set.
+    """
+    try:
+        if fcntl is None:
+            return False
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _made(parent: Path, start: str, folder: bool) -> tuple[Path, int]:
+    """A new file or folder and the handle that holds its lock."""
+    while True:
+        if folder:
+            name = tempfile.mkdtemp(PART, start, parent)
+        else:
+            handle, name = tempfile.mkstemp(PART, start, parent)
+            os.close(handle)
+        with suppress(FileNotFoundError):
+            handle = os.open(name, os.O_RDONLY)
+            lock(handle, wait=True)
+            if Path(name).exists():
+                return Path(name), handle
+            os.close(handle)  # another run took it for left, in the moment before it was locked
+
+
+def _remove(made: Path) -> None:
+    with suppress(OSError):
+        if made.is_dir():
+            shutil.rmtree(made)
+        else:
+            made.unlink()
