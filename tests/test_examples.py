@@ -63,7 +63,7 @@ def test_a_checkpoint_of_ones_own(tmp_path: Path) -> None:
     said = printed(tmp_path, "finetuned.sh")
     assert said.startswith("model: vit_tiny_patch16_224, 10 classes, 74 layers")
     first, last = (float(value) for value in re.findall(r"^ *top1\s+([\d.]+)", said, re.MULTILINE))
-    assert first > 65 and abs(first - last) < 6 and measured(said, "agreement") > 90
+    assert first > 60 and abs(first - last) < 6 and measured(said, "agreement") > 90
     plan = json.loads((tmp_path / "finetuned-run" / "plan.json").read_text())
     assert plan["model"]["label_names"][:2] == ["airplane", "automobile"]
 
