@@ -5,7 +5,7 @@
 A cell is one recipe at one plan on one draw of calibration images. What exports is measured through onnxruntime, the rest as the
 fake-quantized graph. Each cell is written to FOLDER/cells.jsonl as soon as it is measured, and is not measured again; at the end the
 table of all that the file holds is printed: KL from the float model (nats per image), agreement and top-1 (percent), each with its spread
-over seeds (standard deviation) where there are several.
+over seeds (standard deviation) where there are several. The test images are held in memory, decoded once.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     cells = arguments.folder / "cells.jsonl"
     model = load(arguments.model)
-    test = open_images(arguments.test, model.data_config, arguments.test_images, batch_size=100, class_names=model.label_names)
+    test = list(open_images(arguments.test, model.data_config, arguments.test_images, batch_size=100, class_names=model.label_names))
     with torch.no_grad():
         outputs = [model.module(batch) for batch, _ in test]
     for seed in arguments.seeds:
@@ -69,7 +69,7 @@ def profiled(folder: Path, model: LoadedModel, images: Images, seed: int) -> Pro
     return load_profile(path)
 
 
-def measured(model: LoadedModel, found: Profile, images: Images, test: Images, outputs: list, recipe: str, plan: str, seed: int) -> dict:
+def measured(model: LoadedModel, found: Profile, images: Images, test: list, outputs: list, recipe: str, plan: str, seed: int) -> dict:
     """One cell."""
     kind, _, value = plan.partition("=")
     chosen = allocate(found, uniform=value) if kind == "uniform" else allocate(found, [plan])
