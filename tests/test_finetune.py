@@ -1,5 +1,7 @@
 """Fine-tuning: its gradients against plain autograd, its loss and schedule against naive ones, going on after a kill, several processes."""
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -433,7 +435,9 @@ def test_two_processes_have_the_gradients_of_one(session: Path, tmp_path: Path):
     for count in (1, 2):
         path = tmp_path / f"{count}.safetensors"
         command = [*launch, str(count), str(tmp_path / "gradients.py"), str(path)]
-        done = subprocess.run(command, cwd=session, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=session, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         found.append(load_file(path))
     one, two = found
@@ -441,3 +445,19 @@ def test_two_processes_have_the_gradients_of_one(session: Path, tmp_path: Path):
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5 * float(one[name].abs().max()) + 1e-8), name
     assert any(float(gradient.abs().max()) > 0 for gradient in one.values())
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_model(session: Path, tmp_path: Path):
+    """The command itself in two processes: one file, one document, and nothing from the second process."""
+    shutil.copytree(session, tmp_path / "session")
+    options = ["--images", "images", "--epochs", "6", "--batch-size", "8", "--json"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "vitq", "finetune", *options]
+    done = subprocess.run(
+        command, cwd=tmp_path / "session", env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["steps"] == 24 and document["loss_after"] < document["loss_before"]
+    trained = checkpoints.load(tmp_path / "session" / "vitq-run" / "model.safetensors")
+    assert trained.made_from["finetuning"]["processes"] == 2

@@ -22,7 +22,7 @@ class Training:
     recipe: str = "lsq"
     epochs: float = 10.0
     minutes: float | None = None
-    rate: float = 0.005
+    rate: float = 0.01
     batch_size: int = 32
     warmup: float = 0.05
     decay: float = 0.0
