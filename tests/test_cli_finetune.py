@@ -1,23 +1,16 @@
 """`vitq finetune`: from a plan to a trained model.safetensors that exports and verifies, interrupted and gone on with, and its faults."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from cli_session import make_images, make_model, vitq
+from test_cli_reconstruct import content
 
 from vitq import checkpoint as checkpoints
 from vitq.finetune import learner
 
 FINETUNE = ("finetune", "--images", "images", "--epochs", 6, "--batch-size", 8)
-
-
-def content(path: Path) -> tuple[dict, bytes]:
-    """A checkpoint's header and its tensors; safetensors writes the header's entries in any order."""
-    whole = path.read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,8 @@ def test_a_finetuned_model_exports_verifies_and_loads(session: Path):
         for name in ("calibrated.safetensors", "model.safetensors", "model.onnx")
     ]
     assert losses[1] < losses[0] and losses[2] == pytest.approx(losses[1], rel=0.1)
-    assert vitq("show", "vitq-run/model.safetensors", folder=session).code == 0
+    shown = vitq("show", "vitq-run", folder=session)
+    assert shown.code == 0 and "2 to 8 bits, fine-tuned" in shown.out and "the model before it was fine-tuned" in shown.out
     assert vitq("report", folder=session).code == 0
     assert "finetune" in (run / "report.html").read_text()
     before = content(run / "calibrated.safetensors")

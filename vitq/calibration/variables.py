@@ -53,7 +53,7 @@ class Learned:
 
 
 class BlockVariables:
-    """The variables of some layers, those of one block, and the layers' ops under them."""
+    """The variables of some layers, those of one block or all of them, and the layers' ops under them."""
 
     def __init__(
         self, floats: Graph, checkpoint: Checkpoint, layers: list[Layer], settled: Collection[str] = (), statistics: bool = False

@@ -18,19 +18,18 @@ from vitq.cli.chain import (
     Memory,
     Reading,
     in_folder,
+    of_another_plan,
     output_path,
     plan_memory,
     refuse_missing_sources,
-    refuse_stale_checkpoint,
     refuse_stale_plan,
     run_folder,
 )
 from vitq.cli.terminal import Terminal
-from vitq.errors import UsageError
+from vitq.errors import InputError, UsageError
 from vitq.units import in_units
 
 if TYPE_CHECKING:
-    from vitq.checkpoint import Checkpoint
     from vitq.models import LoadedModel
 
 
@@ -124,7 +123,8 @@ def finetune(
                 state.unlink(missing_ok=True)
         processes.wait()
         start = load(calibrated, processes.device)
-        refuse_stale_checkpoint(start, calibrated)
+        if of_another_plan(start.plan, start.made_from, chosen):
+            raise InputError(f"{calibrated} was calibrated to another plan than {source}; run `vitq calibrate --force` again")
         with terminal.watching(opened, "finetune") as progress:
             found = train(start, loaded, opened, training, state, processes, time.perf_counter() - started, progress)
         if not processes.leads:
@@ -158,9 +158,7 @@ def finetune(
     terminal.next(in_folder("vitq export", path, CHECKPOINT))
 
 
-def _calibrate(
-    terminal: Terminal, memory: Memory, loaded: "LoadedModel", plan: BitPlan, batch_size: int, device: str, path: Path
-) -> "Checkpoint":
+def _calibrate(terminal: Terminal, memory: Memory, loaded: "LoadedModel", plan: BitPlan, batch_size: int, device: str, path: Path) -> None:
     """By recipe fast, on the images that the plan was made from; as `vitq calibrate` would write it."""
     from vitq.calibration import calibrate
     from vitq.checkpoint import save
@@ -170,4 +168,3 @@ def _calibrate(
         checkpoint = calibrate(loaded, plan, opened, device=device)
     calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
     save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path)
-    return checkpoint

@@ -58,6 +58,8 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(device=device)
         return
     own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    if own.startswith("cuda"):
+        torch.cuda.set_device(own)
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), own)
