@@ -359,7 +359,7 @@ def test_annealing_moves_only_weights_that_are_near_a_boundary(model: LoadedMode
 
 
 def test_nothing_is_taken_that_is_worse(session: Path, model: LoadedModel, start: Checkpoint, tmp_path: Path):
-    found = finetune(start, model, opened(session, model), training_with(rate=5.0), tmp_path / "state")
+    found = finetune(start, model, opened(session, model), training_with(rate=50.0, other_rates=300.0), tmp_path / "state")
     assert found.after >= found.before and found.checkpoint is start
 
 
@@ -393,7 +393,10 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
         finetune(start, model, unlabelled, training_with(batch_size=64), tmp_path / "state")
     for changes, text in (
         ({"recipe": "qat"}, "recipe 'qat' is not known; give one of lsq, ofq"),
-        ({"epochs": 0.0}, "0 epochs, None minutes, a batch of 8 and a rate of 0.01 cannot be trained with; give more than 0"),
+        (
+            {"epochs": 0.0},
+            "0 epochs, None minutes, batches of 8, rates 0.01 and 1 cannot be trained with; give more than 0, for rates 0 or more",
+        ),
         ({"ema": 1.0}, "EMA 1, .* cannot be trained with"),
         ({"distillation": Distillation(0.0, 0.0)}, "is no loss"),
         ({"augmentation": Augmentation(aa="nonsense")}, "cannot be built by timm: .*; correct --aa, or leave it out"),

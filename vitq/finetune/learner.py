@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from vitq.calibration.variables import RATES, BlockVariables
+from vitq.calibration.variables import BlockVariables
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError
 from vitq.finetune.processes import Processes
@@ -68,11 +68,11 @@ class Learner:
         Raises:
             InputError: the loss is no longer finite.
         """
-        loss = self.backward(batch)
+        loss, rate, other_rates = self.backward(batch), self._training.rate, self._training.other_rates
         if not math.isfinite(loss):
-            raise InputError(f"the loss has become {loss}; give a smaller --lr than {self._training.rate:g}")
+            raise InputError(f"the loss has become {loss}; give smaller --lr and --other-lrs than {rate:g} and {other_rates:g}")
         for group in self._optimizer.param_groups:
-            group["lr"] = group["rate"] * self._training.rate / RATES["steps"] * factor
+            group["lr"] = factor * (rate if group["kind"] == "steps" else other_rates * group["rate"])
             if self._training.clip:
                 torch.nn.utils.clip_grad_norm_(group["params"], self._training.clip)
         still = self._confident() if annealing else {}

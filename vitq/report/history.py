@@ -88,7 +88,7 @@ def _images(source: Any) -> list[str]:
 
 
 def _trained(finetuning: Mapping[str, Any]) -> list[str]:
-    options = {"epochs": "--epochs", "minutes": "--max-minutes", "rate": "--lr", "batch_size": "--batch-size"}
+    options = {"epochs": "--epochs", "minutes": "--max-minutes", "rate": "--lr", "other_rates": "--other-lrs", "batch_size": "--batch-size"}
     return [word for key, option in options.items() if finetuning.get(key) is not None for word in (option, str(finetuning[key]))]
 
 
