@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vitq.affine import highest_code, weight_codes
 from vitq.augmented import Augmentation, TrainingImages, untouched
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
-from vitq.finetune import Distillation, Training, finetune
+from vitq.finetune import Distillation, Training, _split, finetune
 from vitq.finetune.learner import Learner
 from vitq.finetune.processes import Processes
 from vitq.finetune.schedule import Schedule, steps_within
@@ -265,6 +266,16 @@ def test_a_view_is_a_crop_that_is_mirrored_or_not(session: Path, model: LoadedMo
     by_label = {int(label): plain[plain_labels == label].mean((0, 2, 3)) for label in plain_labels}
     for label, colour in by_label.items():
         assert torch.allclose(batch[labels == label].mean((0, 2, 3)), colour, atol=0.1)
+
+
+@pytest.mark.parametrize(("count", "held"), [(16, 1), (1000, 62), (8192, 512), (8193, 481), (50_000, 510)])
+def test_images_of_all_classes_are_held_out(count: int, held: int):
+    """They come in the order of their names, class by class."""
+    images = Images("", {}, count, "", True, (), None)  # type: ignore[arg-type]
+    out, rows = _split(images)
+    assert len(out) == held and sorted(out + rows) == list(range(count))
+    gaps = {second - first for first, second in pairwise([-1, *out])}
+    assert len(gaps) == 1 and count - 1 - out[-1] < gaps.pop()
 
 
 # Going on

@@ -43,7 +43,7 @@ def finetune(
         float | None, typer.Option("--max-minutes", help="Time that all may take; the schedule is fitted to it.")
     ] = None,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the images, if the time is enough.")] = 10.0,
-    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate of weights, in steps of their scale.")] = 0.002,
+    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate of weights, in steps of their scale.")] = 0.005,
     other_lrs: Annotated[float, typer.Option("--other-lrs", help="What the rates of all else that learns are multiplied with.")] = 1.0,
     warmup: Annotated[float, typer.Option("--warmup", help="The part of the run in which rates rise.")] = 0.05,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's, of weights.")] = 0.0,

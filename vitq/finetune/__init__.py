@@ -166,8 +166,9 @@ _SHOWN = 0.05  # of the mean loss that is shown, the part of the last step
 
 
 def _split(images: Images) -> tuple[list[int], list[int]]:
-    """The numbers of the images that are held out, and of those that are trained on."""
-    held = list(range(_HELD_OUT - 1, images.num_listed, _HELD_OUT))[:_MOST_HELD_OUT]
+    """The numbers of the images that are held out, evenly spread, since they may be in the order of classes, and of those trained on."""
+    every = max(_HELD_OUT, math.ceil(images.num_listed / _MOST_HELD_OUT))
+    held = list(range(every - 1, images.num_listed, every))
     if not held:
         raise InputError(f"{images.num_listed} images are too few to train on; give --images with at least {_HELD_OUT}")
     out = set(held)

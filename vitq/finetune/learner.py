@@ -30,8 +30,8 @@ class Learner:
         self._graph, self._training, self._processes, self._classes = graph, training, processes, model.num_classes
         self._device = next(graph.module.parameters()).device
         self._teacher = model.module.to(self._device).eval().requires_grad_(False)
-        floats = checkpoint.floats or graph
-        self._variables = BlockVariables(floats, checkpoint, list(graph.layers), statistics=training.recipe == "ofq")
+        # Weights start in the middle of their codes. As float weights, those that compensation moved would start at a code's border.
+        self._variables = BlockVariables(graph, checkpoint, list(graph.layers), statistics=training.recipe == "ofq")
         groups = self._variables.groups()
         for group in groups:
             group["weight_decay"] = training.decay if group["kind"] == "steps" else 0.0

@@ -22,7 +22,7 @@ class Training:
     recipe: str = "lsq"
     epochs: float = 10.0
     minutes: float | None = None
-    rate: float = 0.002
+    rate: float = 0.005
     other_rates: float = 1.0
     batch_size: int = 32
     warmup: float = 0.05
