@@ -253,6 +253,13 @@ def test_uniform_and_fixed_reach_the_plan(session: Path):
     assert bits["blocks.1.attn.qk"] == (None, 6)
 
 
+@pytest.mark.parametrize(("budget", "forced"), [("2.0", True), ("2.5", False)])
+def test_a_budget_that_leaves_no_choice_says_so(session: Path, tmp_path: Path, budget: str, forced: bool):
+    done = vitq("allocate", "--budget", budget, "--bits", "2,3,4", "-o", tmp_path / "plan.json", folder=session)
+    said = "the budget leaves no choice: every searched layer gets 2 bits, the fewest; more than that is a choice" in done.err
+    assert done.code == 0 and said == forced
+
+
 def test_an_artifact_by_path_makes_its_folder_the_run_folder(session: Path):
     (session / "other").mkdir()
     shutil.copy(session / "vitq-run" / "profile.json", session / "other" / "profile.json")

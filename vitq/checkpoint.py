@@ -81,6 +81,7 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
     """
     path = Path(path)
     tensors, plan, activations, made_from, errors = _read(path)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     spec = plan.model
     size, stored = _input_size(path, spec), sum(tensor.numel() for tensor in tensors.values())
     graph = rewrite(capture(build(spec.architecture, spec.arguments, spec.num_classes, stored), size, device))
@@ -99,7 +100,7 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
         values[name] = stored.get(name, tensors.get(name))
         if (found := _form(values[name])) != _form(value):
             raise InputError(f"{path}: tensor {name!r} is {found}, the model has {_form(value)}; run `vitq calibrate` again")
-    assign(module, {name: value.to(device) for name, value in values.items()})
+    assign(module, values)
     module.recompile()
     graph = Graph(module, graph.input_shape, graph.layers, graph.nodes, graph.blocks)
     for layer in graph.layers:

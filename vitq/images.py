@@ -13,7 +13,7 @@ import math
 import stat
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -86,14 +86,18 @@ class Images:
         done = 0
         for images, labels, faults in self.loader:
             done += len(faults) + (0 if images is None else len(images))
-            self.skipped += [fault for fault in faults if fault not in self.skipped]
-            if len(self.skipped) > MAX_BAD * self.num_listed:
-                count = f"{len(self.skipped)} of {self.num_listed} images cannot be read, more than {MAX_BAD:.0%}"
-                raise InputError(f"{self.source}: {count}: {'; '.join(self.skipped[:5])}. Remove or replace them")
+            self.skip(faults)
             if images is not None:
                 yield images, labels if self.labelled else None
             if progress is not None:
                 progress(done, self.num_listed)
+
+    def skip(self, faults: Sequence[str]) -> None:
+        """Adds images that cannot be read to `skipped`; raises InputError where they are more than 5 % of the listed ones."""
+        self.skipped += [fault for fault in faults if fault not in self.skipped]
+        if len(self.skipped) > MAX_BAD * self.num_listed:
+            count = f"{len(self.skipped)} of {self.num_listed} images cannot be read, more than {MAX_BAD:.0%}"
+            raise InputError(f"{self.source}: {count}: {'; '.join(self.skipped[:5])}. Remove or replace them")
 
 
 def open_images(

@@ -1,4 +1,4 @@
-"""What of a block is learned: weights in steps, gains of their scales, biases, activations' scales and zero points, and LayerNorms.
+"""What of a block, or of all, is learned: weights in steps, gains of their scales, biases, activations' scales and zero points, LayerNorms.
 
 Every variable starts where a calibrated checkpoint has it, in units in which one learning rate serves all layers: weights in steps of
 their own scale, scales and gains as logarithms of their change, zero points in codes, biases in the output channels' spread. Rounded,
@@ -7,6 +7,13 @@ they are codes, scales and biases again: an ordinary part of a checkpoint. A Lay
     gamma^ = gamma e^g,        beta^ = beta + |gamma| b
 
 which stays float and costs nothing: how far a channel reaches into the one range of all of them is learned by it.
+
+Where scales are statistics, a weight's scale follows its own size, and no gradient passes through it:
+
+    W^ = scale m clip(round(v / m), range),        m = mean |v| / (mean |v| at first), an output channel
+
+which is StatsQ (Oscillation-free Quantization, Liu et al., ICML 2023). Differs from the paper: the scale starts where
+calibration has it, not at 2 mean |w|; the range holds 0 and has a zero point, the paper's levels lie symmetric around 0 without one.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -46,9 +53,11 @@ class Learned:
 
 
 class BlockVariables:
-    """The variables of some layers, those of one block, and the layers' ops under them."""
+    """The variables of some layers, those of one block or all of them, and the layers' ops under them."""
 
-    def __init__(self, floats: Graph, checkpoint: Checkpoint, layers: list[Layer], settled: Collection[str] = ()) -> None:
+    def __init__(
+        self, floats: Graph, checkpoint: Checkpoint, layers: list[Layer], settled: Collection[str] = (), statistics: bool = False
+    ) -> None:
         """Starts at the checkpoint.
 
         Args:
@@ -56,9 +65,10 @@ class BlockVariables:
             checkpoint: where learning starts.
             layers: the block's layers.
             settled: activations that an earlier block reads too, and has learned.
+            statistics: a weight's scale is not learned but follows the mean of |v| (the module's last equations).
         """
         self._checkpoint, self._layers, self._nodes = checkpoint, layers, floats.nodes
-        self._weights = {layer.name: _weight(floats, checkpoint, layer) for layer in layers if layer.has_weight}
+        self._weights = {layer.name: _weight(floats, checkpoint, layer, statistics) for layer in layers if layer.has_weight}
         device = next(checkpoint.graph.module.parameters()).device
         learned = {operand.tensor for layer in layers for operand in layer.activations}
         self._activations = {
@@ -78,12 +88,12 @@ class BlockVariables:
         return set(self._activations)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer, one a kind, each with its rate; all variables now want gradients."""
+        """Parameter groups for an optimizer, one a "kind", each with its "rate"; all variables now want gradients."""
         found: dict[str, list[Tensor]] = {}
         for learned in self._all.values():
             for kind, variable in learned.variables.items():
                 found.setdefault(kind, []).append(variable.requires_grad_())
-        return [{"params": variables, "lr": RATES[kind], "rate": RATES[kind]} for kind, variables in found.items()]
+        return [{"params": variables, "lr": RATES[kind], "rate": RATES[kind], "kind": kind} for kind, variables in found.items()]
 
     def freeze(self) -> None:
         """Lets no variable want gradients any longer."""
@@ -91,10 +101,18 @@ class BlockVariables:
             for variable in learned.variables.values():
                 variable.requires_grad_(False)
 
+    def leaves(self) -> dict[str, Tensor]:
+        """All variables by name, as they are in `groups`."""
+        return {f"{kind}:{name}": value for name, learned in self._all.items() for kind, value in learned.variables.items()}
+
     def tensors(self, copied: bool = False) -> dict[str, Tensor]:
         """All variables by name, detached; as they are now, where `copied`."""
-        found = {f"{kind}:{name}": value.detach() for name, learned in self._all.items() for kind, value in learned.variables.items()}
+        found = {name: value.detach() for name, value in self.leaves().items()}
         return {name: value.clone() for name, value in found.items()} if copied else found
+
+    def steps(self) -> dict[str, Tensor]:
+        """What is rounded of each weight, detached, under the names of `tensors`."""
+        return {f"steps:{name}": _steps_and_scale(learned)[0].detach() for name, learned in self._weights.items()}
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets the variables to what `tensors` gave."""
@@ -119,6 +137,7 @@ class BlockVariables:
         return intercept
 
     def _read(self, tensor: str, x: Tensor) -> Tensor:
+        x = x.float()  # under autocast it may be bfloat16, whose steps are as coarse as the codes
         if (learned := self._activations.get(tensor)) is None:
             return straight_through(x, self._checkpoint.activations[tensor])
         quantizer = self._checkpoint.activations[tensor]
@@ -135,10 +154,10 @@ class BlockVariables:
                 if layer.has_weight:
                     learned = self._weights[layer.name]
                     lowest, highest = learned.fixed["lowest"], learned.fixed["highest"]
-                    integers = torch.minimum(torch.maximum(learned.variables["steps"].round(), lowest), highest)
+                    steps, scale = _steps_and_scale(learned)
+                    integers = torch.minimum(torch.maximum(steps.round(), lowest), highest)
                     codes = (integers + learned.fixed["zero_point"]).to(torch.uint8)
-                    scale = _scale(learned, "gain").flatten()
-                    weights[layer.name] = replace(before.weights[layer.name], codes=codes, scale=scale)
+                    weights[layer.name] = replace(before.weights[layer.name], codes=codes, scale=scale.flatten())
                     tensors[layer.operands[1].tensor] = weights[layer.name].dequantize()
                     tensors[_bias_name(before.graph, layer)] = _weight_and_bias(learned)[1]
             for tensor, learned in self._activations.items():
@@ -159,7 +178,7 @@ class BlockVariables:
         )
 
 
-def _weight(floats: Graph, checkpoint: Checkpoint, layer: Layer) -> Learned:
+def _weight(floats: Graph, checkpoint: Checkpoint, layer: Layer, statistics: bool) -> Learned:
     """The variables of a weight: v starts at the weight in steps, or where next to it the code is the checkpoint's."""
     quantized: QuantizedWeight = checkpoint.weights[layer.name]
     per_channel = (-1, *[1] * (quantized.codes.dim() - 1))
@@ -170,10 +189,11 @@ def _weight(floats: Graph, checkpoint: Checkpoint, layer: Layer) -> Learned:
     steps = torch.maximum(torch.minimum(steps, integers + _INSIDE), integers - _INSIDE)
     bias = tensor_of(checkpoint.graph.module, argument(checkpoint.graph.layer_node(layer.name), 2)).detach()
     unit = (scale * integers).flatten(1).norm(dim=1)  # the spread of a channel whose inputs are independent and of spread 1
-    return Learned(
-        {"steps": steps.clone(), "gain": torch.zeros_like(scale), "bias": torch.zeros_like(bias)},
-        {"scale": scale, "zero_point": zero_point, "lowest": lowest, "highest": highest, "bias": bias, "unit": unit},
-    )
+    variables = {"steps": steps.clone(), "bias": torch.zeros_like(bias)}
+    fixed = {"scale": scale, "zero_point": zero_point, "lowest": lowest, "highest": highest, "bias": bias, "unit": unit}
+    if statistics:
+        return Learned(variables, fixed | {"mean": _mean_size(steps)})
+    return Learned(variables | {"gain": torch.zeros_like(scale)}, fixed)
 
 
 def _activation(quantizer: Quantizer, device: torch.device) -> Learned:
@@ -227,8 +247,22 @@ def _zero_point(learned: Learned, bits: int) -> Tensor:
     return learned.variables["zero_point"].clamp(0, highest_code(bits))
 
 
+def _steps_and_scale(learned: Learned) -> tuple[Tensor, Tensor]:
+    """What is rounded of a weight, and what a step of it is worth, (O, 1, ...)."""
+    steps = learned.variables["steps"]
+    if "gain" in learned.variables:
+        return steps, _scale(learned, "gain")
+    size = _mean_size(steps.detach()) / learned.fixed["mean"]
+    return steps / size, learned.fixed["scale"] * size
+
+
+def _mean_size(steps: Tensor) -> Tensor:
+    """The mean of |v| an output channel, (O, 1, ...), never 0."""
+    return steps.abs().mean(tuple(range(1, steps.dim())), keepdim=True).clamp(min=1e-6)
+
+
 def _weight_and_bias(learned: Learned) -> tuple[Tensor, Tensor]:
-    weight = learned_weight(learned.variables["steps"], _scale(learned, "gain"), learned.fixed["lowest"], learned.fixed["highest"])
+    weight = learned_weight(*_steps_and_scale(learned), learned.fixed["lowest"], learned.fixed["highest"])
     return weight, learned.fixed["bias"] + learned.variables["bias"] * learned.fixed["unit"]
 
 

@@ -154,7 +154,17 @@ def allocate(
     unit = found.costs[plan.made_from["allocation"]["metric"]].unit
     table = [plan_table(plan, found.layers)] if verbose else [] if quiet else plan_map(plan, found.layers)
     terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
+    if uniform is None and (lowest := _no_choice(plan, min(found.costs[plan.made_from["allocation"]["metric"]].bits))) is not None:
+        terminal.note(f"the budget leaves no choice: every searched layer gets {lowest} bits, the fewest; more than that is a choice")
     terminal.next(in_folder("vitq calibrate", path, PLAN))
+
+
+def _no_choice(plan: "BitPlan", fewest: int) -> int | None:
+    """The bits of every searched layer where all have the fewest that were to be chosen from, such as an average of 2 from 2, 3 and 4."""
+    fewest = min(plan.made_from["allocation"].get("bits") or [fewest])
+    searched = [entry for entry in plan.layers if entry.name not in plan.fixed]
+    widths = {bits for entry in searched for bits in (entry.weight_bits, entry.activation_bits) if bits is not None}
+    return fewest if widths == {fewest} else None
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from vitq.cli.demo import demo
 from vitq.cli.doctor import doctor
 from vitq.cli.evaluate import evaluate
 from vitq.cli.export import export
+from vitq.cli.finetune import finetune
 from vitq.cli.profile import profile
 from vitq.cli.report import report
 from vitq.cli.show import show
@@ -47,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (profile, allocate, calibrate, export, evaluate, bench, report, synthesize, show, doctor, demo):
+for command in (profile, allocate, calibrate, finetune, export, evaluate, bench, report, synthesize, show, doctor, demo):
     app.command()(going_on(command))
 
 

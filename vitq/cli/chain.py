@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FOLDER = Path("vitq-run")
 PROFILE, PLAN, CHECKPOINT, ONNX = "profile.json", "plan.json", "model.safetensors", "model.onnx"
+CALIBRATED = "calibrated.safetensors"
 EVALUATION, BENCH, LATENCY = "evaluate.json", "bench.json", "latency.json"
 STAIRCASE, REPORT, IMAGES = "staircase.json", "report.html", "images.safetensors"
 

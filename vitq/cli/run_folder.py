@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitq.cli.chain import (
     BENCH,
+    CALIBRATED,
     CHECKPOINT,
     EVALUATION,
     IMAGES,
@@ -58,7 +59,10 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
         from vitq import checkpoint
 
         calibrated, made_from = checkpoint.read_plan(folder / CHECKPOINT)
-        found.append((CHECKPOINT, _bits(calibrated), _stale_checkpoint(calibrated, made_from, plan, profile)))
+        trained = ", fine-tuned" if "finetuning" in made_from else ""
+        found.append((CHECKPOINT, _bits(calibrated) + trained, _stale_checkpoint(calibrated, made_from, plan, profile)))
+        if (folder / CALIBRATED).is_file():
+            found.append((CALIBRATED, "the model before it was fine-tuned", None))
         if (folder / ONNX).is_file():
             found.append((ONNX, "exported model", _stale_onnx(folder / ONNX, calibrated, made_from)))
     elif (folder / ONNX).is_file():

@@ -50,6 +50,10 @@ def history(findings: Findings, sums: Mapping[str, Any] | None) -> History:
         words += ["--iterations", str(calibration["iterations"])] if "iterations" in calibration else []
         others = calibration.get("images") != made_from.made_from.get("images")
         commands.append(_line([*words, *(_images(calibration.get("images")) if others else [])], findings))
+    finetuning = made_from.made_from.get("finetuning") if made_from else None
+    if isinstance(finetuning, dict):
+        words = ["vitq", "finetune", "--recipe", str(finetuning.get("recipe")), *_images(finetuning.get("images"))]
+        commands.append(_line([*words, *_trained(finetuning)], findings))
     if findings.file("model.onnx") is not None and commands:
         commands.append(_line(["vitq", "export"], findings))
     return History(tuple(commands), tuple(remarks))
@@ -92,3 +96,8 @@ def _words(wishes: Asked) -> list[str]:
     words += ["--bits", ",".join(map(str, wishes.bits))] if wishes.bits and wishes.bits != WIDTHS else []
     words += ["--bits-apart"] if wishes.bits_apart else []
     return [*words, *(word for text in wishes.fixed for word in ("--fixed", text))]
+
+
+def _trained(finetuning: Mapping[str, Any]) -> list[str]:
+    options = {"epochs": "--epochs", "minutes": "--max-minutes", "rate": "--lr", "other_rates": "--other-lrs", "batch_size": "--batch-size"}
+    return [word for key, option in options.items() if finetuning.get(key) is not None for word in (option, str(finetuning[key]))]
