@@ -28,7 +28,7 @@ def printed(folder: Path, example: str) -> str:
 
 def measured(said: str, name: str) -> float:
     """The last value that `vitq evaluate` printed of a measure."""
-    return float(re.findall(rf"^ *{name}\s+([\d.]+)", said, re.MULTILINE)[-1])
+    return float(re.findall(rf"^ *{name}\s+([\d.e+-]+)", said, re.MULTILINE)[-1])
 
 
 @pytest.mark.slow
