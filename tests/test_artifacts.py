@@ -93,7 +93,7 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_whole(tmp_pat
     with pytest.raises(InputError, match=r"cannot write .*plan\.json: No space left on device; make room there, or choose another place"):
         write_whole(path, half)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("plan.json", "old")]
-    with pytest.raises(InputError, match="cannot write .*; choose another place with -o or --run-dir"):
+    with pytest.raises(InputError, match="there is a file where a folder is needed; .*choose another place with -o or --run-dir"):
         save(PLAN, path / "below_a_file" / "plan.json")
 
 

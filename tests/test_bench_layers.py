@@ -3,6 +3,7 @@
 import json
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -91,7 +92,7 @@ def test_the_table_follows_from_the_medians(session: Path, monkeypatch: pytest.M
     medians = [1.0, 100.0, 107.0, 103.0, *(1.5 + 0.5 * at for at in range(kinds)), *(2.5 + 0.5 * at for at in range(kinds))]
     timed = []
 
-    def fake(calls: list, rounds: int | None) -> list[Latency]:
+    def fake(calls: list, rounds: int | None, progress: Any = None) -> list[Latency]:
         timed.append(len(calls))
         for run in calls:
             run()
@@ -137,7 +138,8 @@ def test_what_narrow_activations_cost_is_shared_out(extra: float, alone: list[fl
 
 def test_a_layer_faster_than_nothing_takes_no_time(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = load_profile(session / "vitq-run" / "profile.json")
-    monkeypatch.setattr(bench_layers, "interleaved", lambda calls, rounds: [Latency(1.0, 1.0)] + [Latency(0.9, 1.0)] * (len(calls) - 1))
+    medians = [Latency(1.0, 1.0), Latency(0.9, 1.0)]
+    monkeypatch.setattr(bench_layers, "interleaved", lambda calls, rounds, progress: medians[:1] + medians[1:] * (len(calls) - 1))
     table = bench_layers.latency_table(profile.model, 1, 1, 1)
     assert {timing.ms for timing in table.timings} == {0} and table.rest_ms == 0.9
 

@@ -379,9 +379,9 @@ def stored_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = captured("vit")[1]
     build, rewritten = checkpoints.build, rewrite(graph)
 
-    def fast_build(architecture: str, given: dict[str, Any], num_classes: int) -> Any:
+    def fast_build(architecture: str, given: dict[str, Any], num_classes: int, stored: int | None = None) -> Any:
         ours = architecture == name and given == json.loads(json.dumps(arguments)) and num_classes == 10
-        return "ours" if ours else build(architecture, given, num_classes)
+        return "ours" if ours else build(architecture, given, num_classes, stored)
 
     def fast_capture(model: Any, shape: tuple[int, int, int], device: str = "cpu") -> Graph:
         if model == "ours" and shape == (3, size, size):

@@ -17,7 +17,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_untouched_file_passes_alone_and_before_its_evaluation(finished: Path, tmp_path: Path):
     alone = vitq("evaluate", "vitq-run/model.onnx", "--verify", folder=finished)
-    assert (alone.code, alone.err) == (0, "")
+    assert (alone.code, alone.err) == (0, "next: vitq evaluate vitq-run/model.onnx --images PATH\n")
     assert "vitq-run/model.onnx is the file that was exported: all " in alone.out
     moved = shutil.copy(finished / "vitq-run" / "model.onnx", tmp_path / "moved.onnx")
     document = vitq("evaluate", moved, "--verify", "--json", "-o", tmp_path / "said.json").document

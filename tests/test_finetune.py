@@ -406,10 +406,10 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
         ({"recipe": "qat"}, "recipe 'qat' is not known; give one of lsq, ofq"),
         (
             {"epochs": 0.0},
-            "0 epochs, None minutes, batches of 8, rates 0.01 and 1 cannot be trained with; give more than 0, for rates 0 or more",
+            "--epochs 0, --batch-size 8, --lr 0.01 and --other-lrs 1 cannot be trained with; give more than 0, for rates 0 or more",
         ),
-        ({"ema": 1.0}, "EMA 1, .* cannot be trained with"),
-        ({"distillation": Distillation(0.0, 0.0)}, "is no loss"),
+        ({"ema": 1.0}, "--model-ema-decay 1, .* cannot be trained with"),
+        ({"distillation": Distillation(0.0, 0.0)}, "--soft 0, --hard 0 and --temperature 1 make no loss"),
         ({"augmentation": Augmentation(aa="nonsense")}, "cannot be built by timm: .*; correct --aa, or leave it out"),
     ):
         with pytest.raises(UsageError, match=text):

@@ -148,6 +148,8 @@ _Read = tuple[dict[str, Tensor], BitPlan, dict[str, Quantizer], dict[str, Any], 
 
 def _read(path: Path) -> _Read:
     refuse_missing(path, "vitq calibrate")
+    if path.suffix in (".json", ".onnx", ".html"):
+        raise InputError(f"{path} is no calibrated model; give the .safetensors that `vitq calibrate` writes")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -14,7 +14,7 @@ from vitq.cli import options
 from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, in_folder, output_path, run_folder
 from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
-from vitq.errors import GateError, UsageError
+from vitq.errors import GateError, InputError, UsageError
 from vitq.units import in_units
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def bench(
     with ExitStack() as stack:
         measured = dict(named)
         for file in files:  # what cannot be run is said before the baselines are made
+            if file.is_file() and file.suffix != ".onnx":
+                raise InputError(f"{file} is no ONNX file; give one that `vitq export` wrote")
             input_shape(open_session(file, threads), str(file), batches[0])
         if baselines:
             made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitq-")))

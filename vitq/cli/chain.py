@@ -198,7 +198,12 @@ def in_folder(command: str, path: Path, name: str) -> str:
     """The command that reads the artifact at `path`, by as few words as possible."""
     if path.name != name:
         return f"{command} {path}"
-    return command if path.parent == DEFAULT_FOLDER else f"{command} --run-dir {path.parent}"
+    return in_run(command, path.parent)
+
+
+def in_run(command: str, folder: Path) -> str:
+    """The command that works in a run folder."""
+    return command if folder == DEFAULT_FOLDER else f"{command} --run-dir {folder}"
 
 
 def digest_of(profile: "Profile") -> str:
@@ -238,7 +243,8 @@ def refuse_stale_plan(plan: "BitPlan", path: Path) -> None:
 
     profile = path.parent / PROFILE
     if profile.is_file() and from_another_profile(plan.made_from, load_profile(profile)):
-        raise InputError(f"{path} was made from another profile than {profile}; run `vitq allocate --force` again, or give the PLAN to use")
+        again = in_run("vitq allocate --force", path.parent)
+        raise InputError(f"{path} was made from another profile than {profile}; run `{again}` again, or give the PLAN to use")
 
 
 def refuse_stale_checkpoint(checkpoint: "Checkpoint", path: Path) -> None:
@@ -247,4 +253,5 @@ def refuse_stale_checkpoint(checkpoint: "Checkpoint", path: Path) -> None:
 
     beside = path.parent / PLAN
     if beside.is_file() and of_another_plan(checkpoint.plan, checkpoint.made_from, load_plan(beside)):
-        raise InputError(f"{path} was calibrated to another plan than {beside}; run `vitq calibrate --force` again, or give the CHECKPOINT")
+        again = in_run("vitq calibrate --force", path.parent)
+        raise InputError(f"{path} was calibrated to another plan than {beside}; run `{again}` again, or give the CHECKPOINT")

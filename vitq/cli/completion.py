@@ -8,12 +8,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def names_in(file: str, registry: str) -> list[str]:
-    """The keys of a registry, a dict that is written out in a file of vitq, in their order."""
+    """The names of a registry, a dict or tuple that is written out in a file of vitq, in their order."""
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict | ast.Tuple):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             if ast.unparse(target) == registry:
-                return [key.value for key in node.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+                names = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
+                return [name.value for name in names if isinstance(name, ast.Constant) and isinstance(name.value, str)]
     raise LookupError(f"{file} has no {registry}")
 
 
@@ -23,6 +24,7 @@ def _from(file: str, registry: str) -> Callable[[str], list[str]]:
 
 metrics = _from("importance/__init__.py", "METRICS")
 recipes = _from("calibration/__init__.py", "RECIPES")
+trainings = _from("finetune/training.py", "RECIPES")
 storages = _from("onnx_file/storage.py", "STORAGES")
 objectives = _from("allocation/objectives.py", "OBJECTIVES")
 presets = _from("allocation/presets.py", "PRESETS")

@@ -191,6 +191,8 @@ def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
     from vitq.models import load
 
     path = Path(artifact)
+    if path.is_file() and path.suffix in (".json", ".html"):
+        raise InputError(f"{path} is nothing to evaluate; give a MODEL, a calibrated .safetensors or an exported .onnx")
     if path.suffix == ".onnx":
         metadata = onnx_metadata(path)
         preprocessing, classes = metadata.get("vitq.preprocessing"), metadata.get("vitq.num_classes")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     CALIBRATED,
     CHECKPOINT,
@@ -16,6 +16,7 @@ from vitq.cli.chain import (
     Memory,
     Reading,
     in_folder,
+    in_run,
     of_another_plan,
     output_path,
     plan_memory,
@@ -37,7 +38,12 @@ def finetune(
     images: Annotated[
         str | None, typer.Option("--images", help="What to train on: class folders, a .tar of them, or an images.safetensors.")
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="lsq: weight scales learn; ofq: they follow statistics, and annealing.")] = "lsq",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", autocompletion=completion.trainings, help="lsq: weight scales learn; ofq: they follow statistics, and annealing."
+        ),
+    ] = "lsq",
     max_minutes: Annotated[
         float | None, typer.Option("--max-minutes", help="Time that all may take; the schedule is fitted to it.")
     ] = None,
@@ -132,7 +138,9 @@ def finetune(
         processes.wait()
         start = load(calibrated, processes.device)
         if of_another_plan(start.plan, start.made_from, chosen):
-            raise InputError(f"{calibrated} was calibrated to another plan than {source}; run `vitq calibrate --force` again")
+            raise InputError(
+                f"{calibrated} was calibrated to another plan than {source}; run `{in_run('vitq calibrate --force', folder)}` again"
+            )
         with terminal.keeping(state), terminal.watching(opened, "finetune") as progress:
             found = train(start, loaded, opened, training, state, processes, time.perf_counter() - started, progress)
         if not processes.leads:
@@ -158,9 +166,11 @@ def finetune(
         "seconds": time.perf_counter() - started,
     }
     what = f"{found.steps} steps by recipe {recipe}, {found.epochs:.2f} epochs, {document['seconds']:.0f} s"
-    loss = f"loss on images held out {found.before:.4f} before, {found.after:.4f} after"
+    loss = f"loss on {found.held_out} images held out {found.before:.4f} before, {found.after:.4f} after"
     if not better:
-        terminal.result(document, what, f"{loss}: not lower, so nothing was written")
+        terminal.result(document, what, f"{loss}: not lower, so {calibrated} is as it was")
+        terminal.note("a run this short may end before it gains: give more --images, more --max-minutes, or a lower --lr and --other-lrs")
+        terminal.next(in_folder("vitq export", calibrated, CHECKPOINT))
         return
     terminal.result(document, what, loss, f"wrote {path} ({in_units(path.stat().st_size, 'B')})")
     terminal.next(in_folder("vitq export", path, CHECKPOINT))

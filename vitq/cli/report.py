@@ -24,6 +24,7 @@ from vitq.cli.chain import (
     REPORT,
     Memory,
     Reading,
+    in_run,
     output_path,
     refuse_missing_sources,
     run_folder,
@@ -141,7 +142,7 @@ def _read(folder: Path) -> "Findings":
     if profile and chosen:
         chosen.check(profile.layers)
     if profile and latencies and latencies.graph_digest != profile.model.graph_digest:
-        remarks.append(f"{LATENCY} is of another model, and was left aside; run `vitq bench --layers` again")
+        remarks.append(f"{LATENCY} is of another model, and was left aside; run `{in_run('vitq bench --layers', folder)}` again")
         latencies = None
     synthetic = describe(folder / IMAGES) if IMAGES in present else None
     said = {

@@ -17,6 +17,7 @@ from vitq.cli.chain import (
     PROFILE,
     REPORT,
     from_another_profile,
+    in_run,
     of_another_plan,
 )
 from vitq.cli.saved_results import read_benchmark, read_evaluations
@@ -53,14 +54,14 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
         found.append((PROFILE, f"{profile.model.architecture}, {len(profile.layers)} layers, costs by {', '.join(profile.costs)}", None))
     if plan is not None:
         another = profile and from_another_profile(plan.made_from, profile)
-        found.append((PLAN, _bits(plan), _another("made from", PROFILE, "vitq allocate") if another else None))
+        found.append((PLAN, _bits(plan), _another("made from", PROFILE, folder, "vitq allocate") if another else None))
     calibrated = None
     if (folder / CHECKPOINT).is_file():
         from vitq import checkpoint
 
         calibrated, made_from = checkpoint.read_plan(folder / CHECKPOINT)
         trained = ", fine-tuned" if "finetuning" in made_from else ""
-        found.append((CHECKPOINT, _bits(calibrated) + trained, _stale_checkpoint(calibrated, made_from, plan, profile)))
+        found.append((CHECKPOINT, _bits(calibrated) + trained, _stale_checkpoint(calibrated, made_from, plan, profile, folder)))
         if (folder / CALIBRATED).is_file():
             found.append((CALIBRATED, "the model before it was fine-tuned", None))
         if (folder / ONNX).is_file():
@@ -121,11 +122,13 @@ def _bits(plan: "BitPlan") -> str:
     return f"{plan.model.architecture}, {len(plan.layers)} layers at {min(widths, default='no')} to {max(widths, default='no')} bits"
 
 
-def _stale_checkpoint(calibrated: "BitPlan", made_from: dict[str, Any], plan: "BitPlan | None", profile: "Profile | None") -> str | None:
+def _stale_checkpoint(
+    calibrated: "BitPlan", made_from: dict[str, Any], plan: "BitPlan | None", profile: "Profile | None", folder: Path
+) -> str | None:
     if plan and of_another_plan(calibrated, made_from, plan):
-        return _another("calibrated to", PLAN, "vitq calibrate")
+        return _another("calibrated to", PLAN, folder, "vitq calibrate")
     if profile and from_another_profile(made_from, profile):
-        return _another("made from", PROFILE, "vitq allocate --force` and `vitq calibrate")
+        return _another("made from", PROFILE, folder, "vitq allocate", "vitq calibrate")
     return None
 
 
@@ -135,8 +138,9 @@ def _stale_onnx(path: Path, calibrated: "BitPlan", made_from: dict[str, Any]) ->
     metadata = onnx_metadata(path)
     bits = {entry.name: [entry.weight_bits, entry.activation_bits] for entry in calibrated.layers}
     same = metadata.get("vitq.plan") == bits and metadata.get("vitq.made_from") == made_from
-    return None if same else _another("exported from", CHECKPOINT, "vitq export")
+    return None if same else _another("exported from", CHECKPOINT, path.parent, "vitq export")
 
 
-def _another(how: str, name: str, command: str) -> str:
-    return f"{how} another {name} than the one beside it; run `{command} --force` again"
+def _another(how: str, name: str, folder: Path, *commands: str) -> str:
+    again = " and ".join(f"`{in_run(f'{command} --force', folder)}`" for command in commands)
+    return f"{how} another {name} than the one beside it; run {again} again"

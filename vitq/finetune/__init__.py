@@ -58,12 +58,13 @@ class Finetuned:
     """What came of it.
 
     `checkpoint` is the one that was started from where the loss on held-out images has not fallen; `before` and `after` are those
-    losses, nats an image; `steps` were taken, in `epochs` passes over the images.
+    losses, nats an image, on `held_out` images; `steps` were taken, in `epochs` passes over the others.
     """
 
     checkpoint: Checkpoint
     before: float
     after: float
+    held_out: int
     steps: int
     epochs: float
 
@@ -152,13 +153,13 @@ def finetune(
     learner.finish()
     after, epochs = judged(), schedule.taken / source.steps_per_epoch
     if not after < before:
-        return Finetuned(checkpoint, before, after, schedule.taken, epochs)
+        return Finetuned(checkpoint, before, after, len(held), schedule.taken, epochs)
     trained_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
     how = {key: value for key, value in asdict(training).items() if key not in _WITHOUT_EFFECT}
     finetuning = how | {"images": trained_on, "steps": schedule.taken, "processes": processes.count}
     made = learner.checkpoint()
     made = replace(made, floats=None, errors={}, made_from={**checkpoint.made_from, "finetuning": finetuning})
-    return Finetuned(made, before, after, schedule.taken, epochs)
+    return Finetuned(made, before, after, len(held), schedule.taken, epochs)
 
 
 _WITHOUT_EFFECT = ("save_minutes", "workers")

@@ -46,13 +46,14 @@ class Training:
             or self.batch_size < 1
             or min(self.rate, self.other_rates) < 0
         ):
-            given = f"{self.epochs:g} epochs, {self.minutes} minutes, batches of {self.batch_size}"
-            raise UsageError(
-                f"{given}, rates {self.rate:g} and {self.other_rates:g} cannot be trained with; give more than 0, for rates 0 or more"
-            )
+            minutes = "" if self.minutes is None else f"--max-minutes {self.minutes:g}, "
+            given = f"--epochs {self.epochs:g}, {minutes}--batch-size {self.batch_size}"
+            rates = f"--lr {self.rate:g} and --other-lrs {self.other_rates:g}"
+            raise UsageError(f"{given}, {rates} cannot be trained with; give more than 0, for rates 0 or more")
         if not (0 <= self.warmup < 1 and 0 <= self.ema < 1 and self.decay >= 0 and self.clip >= 0):
-            given = f"warm-up {self.warmup:g}, EMA {self.ema:g}, decay {self.decay:g} and clip {self.clip:g}"
-            raise UsageError(f"{given} cannot be trained with; give warm-up and EMA from 0 to below 1, the others 0 or more")
+            given = f"--warmup {self.warmup:g}, --model-ema-decay {self.ema:g}, --weight-decay {self.decay:g} and --clip-grad {self.clip:g}"
+            raise UsageError(f"{given} cannot be trained with; give the first two from 0 to below 1, the others 0 or more")
         weights = self.distillation
         if min(weights.soft, weights.hard) < 0 or weights.soft + weights.hard <= 0 or not weights.temperature > 0:
-            raise UsageError(f"{weights} is no loss; give weights of which one is more than 0, and a temperature above 0")
+            given = f"--soft {weights.soft:g}, --hard {weights.hard:g} and --temperature {weights.temperature:g}"
+            raise UsageError(f"{given} make no loss; give weights of which one is more than 0, and a temperature above 0")
