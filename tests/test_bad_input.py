@@ -130,7 +130,7 @@ INPUT: dict[str, tuple[str, ...]] = {
     "calibrate vitq-run/model.safetensors --force": ("cannot be read as JSON", "vitq allocate"),
     "calibrate --force --model images": ("folder images has no config.json", "config.json"),
     "calibrate --force --images model": ("model holds no images", "give a folder"),
-    "export vitq-run/plan.json --force": ("vitq-run/plan.json is damaged", "vitq calibrate"),
+    "export vitq-run/plan.json --force": ("vitq-run/plan.json is no calibrated model", "vitq calibrate"),
     "export model/model.safetensors --force": ("is not a calibrated model", "vitq calibrate"),
     "export vitq-run --force": ("vitq-run is a folder", "vitq calibrate"),
     "export --force --images vitq-run/plan.json": ("no source of images", "give a folder"),
