@@ -103,8 +103,16 @@ def onnx_runnable(path: str | Path, threads: int = 0) -> Runnable:
 
 
 def onnx_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata that `export` wrote into an ONNX file, its values parsed from JSON where they are JSON."""
-    found = open_session(path, 1).get_modelmeta().custom_metadata_map
+    """The metadata that `export` wrote into an ONNX file, its values parsed from JSON where they are JSON.
+
+    Raises:
+        InputError: onnxruntime cannot load the file, or its metadata are no text.
+    """
+    session = open_session(path, 1)
+    try:
+        found = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is damaged: its metadata are no UTF-8; `vitq export` writes a new one") from None
     return {name: _parsed(value) for name, value in found.items()}
 
 

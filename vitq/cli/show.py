@@ -231,9 +231,10 @@ def _lines(found: Shown) -> list[str]:
         lines.append(f"average bits: {averages}; {in_units(sums['size_bytes'], 'B')}, {in_units(sums['bops'], '')} BitOps")
     if head.get("preprocessing"):
         lines.append(f"preprocessing: {describe(head['preprocessing'])}")
-    sources = {name: head.get("made_from", {}).get(name) for name in ("model", "images")}
+    made_from = origin if isinstance(origin := head.get("made_from"), dict) else {}
+    sources = {name: made_from.get(name) for name in ("model", "images")}
     lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if isinstance(source, dict)]
-    if fused := head.get("unfused_attention") or head.get("made_from", {}).get("unfused_attention"):
+    if fused := head.get("unfused_attention") or made_from.get("unfused_attention"):
         lines.append(f"attention stays fused in {len(fused)} places, so its matmuls are no layers: {', '.join(fused)}")
     return [_filled(line) for line in lines]
 
