@@ -21,7 +21,7 @@ SECONDS = 60
 """The longest that one input may take, on a machine that does other things too."""
 BYTES = 10**9
 
-COUNTS = {"quick": 8, "thorough": 100}
+COUNTS = {"quick": 8, "thorough": 50}
 """Inputs of each kind, values and bytes; raise `thorough` to look closer."""
 
 NESTED: Any = 1
