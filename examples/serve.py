@@ -87,8 +87,11 @@ def main() -> None:
         sys.exit("usage: python serve.py MODEL.onnx PICTURE [PICTURE ...]")
     classifier = Classifier(sys.argv[1])
     for path in sys.argv[2:]:
-        with Image.open(Path(path)) as image:
-            probabilities = classifier.probabilities(image)
+        try:
+            with Image.open(Path(path)) as image:
+                probabilities = classifier.probabilities(image)
+        except OSError as error:
+            sys.exit(f"{path} cannot be read: {error.strerror or error}")
         print(path)
         for index in np.argsort(-probabilities, kind="stable")[:5]:
             print(f"  {100 * probabilities[index]:6.2f} %  {classifier.labels[index]}")

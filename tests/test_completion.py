@@ -1,6 +1,8 @@
 """Names after TAB: they are those of the registries, though no registry is imported for them."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from vitq.artifacts import MetricOptions
 from vitq.calibration import RECIPES
 from vitq.cli import completion
 from vitq.cli.profile import profile
+from vitq.finetune.training import RECIPES as TRAININGS
 from vitq.importance import METRICS
 from vitq.onnx_file.storage import STORAGES
 
@@ -28,6 +31,7 @@ def test_registries_are_read_as_python_reads_them():
     for offer, registry in (
         (completion.metrics, METRICS),
         (completion.recipes, RECIPES),
+        (completion.trainings, TRAININGS),
         (completion.storages, STORAGES),
         (completion.objectives, OBJECTIVES),
         (completion.presets, PRESETS),
@@ -38,6 +42,28 @@ def test_registries_are_read_as_python_reads_them():
 def test_a_registry_that_moved_is_a_fault():
     with pytest.raises(LookupError, match=r"units.py has no METRICS"):
         completion.names_in("units.py", "METRICS")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["calibrate", "--recipe", "soup"], "recipe 'soup' is not known; give one of fast, "),
+        (["finetune", "--recipe", "fast"], "recipe 'fast' is not known; give one of lsq, ofq"),
+        (["profile", "model", "--metric", "sqnr", "--metric", "luck"], "metric 'luck' is not known; give one of output-fisher, "),
+        (["export", "--storage", "attic"], "storage 'attic' is not known; give one of packed, "),
+    ],
+)
+def test_an_unknown_name_is_refused_before_torch_is_loaded(words: list[str], said: str):
+    code = f"""
+import sys
+from vitq.cli.app import main
+try:
+    main({words})
+except SystemExit as ended:
+    print(ended.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2", "False"] and said in done.stderr
 
 
 def test_a_shell_is_offered_names(monkeypatch: pytest.MonkeyPatch):

@@ -36,7 +36,12 @@ LEARNING = ("reconstruct", "fima-q")
 def calibrate(
     plan: Annotated[Path | None, typer.Argument(help="A plan. (default: plan.json in the run folder)")] = None,
     images: options.RememberedImages = None,
-    recipe: Annotated[str, typer.Option("--recipe", autocompletion=completion.recipes, help=RECIPE_HELP)] = "fast",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", autocompletion=completion.recipes, callback=completion.known("recipe", completion.recipes), help=RECIPE_HELP
+        ),
+    ] = "fast",
     iterations: Annotated[
         int | None, typer.Option("--iterations", min=1, help="reconstruct, fima-q: steps a block. (default: 150, 300)")
     ] = None,

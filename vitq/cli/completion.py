@@ -1,8 +1,11 @@
-"""What the shell offers after TAB: names read from the registries' source, since importing those would load torch."""
+"""Names that options take, offered after TAB and checked at once; read from the registries' source, since importing those loads torch."""
 
 import ast
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from vitq.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +31,18 @@ trainings = _from("finetune/training.py", "RECIPES")
 storages = _from("onnx_file/storage.py", "STORAGES")
 objectives = _from("allocation/objectives.py", "OBJECTIVES")
 presets = _from("allocation/presets.py", "PRESETS")
+
+
+def known(what: str, names: Callable[[str], list[str]]) -> Callable[[Any], Any]:
+    """An option's callback that refuses, before torch or a model is loaded, a name or one of several that is not among `names`."""
+
+    def check(value: Any) -> Any:
+        for name in value if isinstance(value, list | tuple) else [value]:
+            if name is not None and name not in (accepted := names("")):
+                raise UsageError(f"{what} {name!r} is not known; give one of {', '.join(accepted)}")
+        return value
+
+    return check
 
 
 def devices(incomplete: str) -> list[str]:

@@ -98,7 +98,7 @@ def evaluate(
     _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
     if not counted and subject.num_classes:
-        terminal.note(f"{images} has no labels for {subject.num_classes} classes, so there is no top-1 accuracy")
+        terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
     runnable = None if float_model is None else on_device(float_model.module, device)
 
     def measured(images: "Images") -> "Evaluation":

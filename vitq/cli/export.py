@@ -38,6 +38,7 @@ def export(
         typer.Option(
             "--storage",
             autocompletion=completion.storages,
+            callback=completion.known("storage", completion.storages),
             help="packed: every width at its true size; fast: int8; standard: plain int4 and int8, for other runtimes.",
         ),
     ] = "packed",

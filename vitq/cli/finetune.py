@@ -41,7 +41,10 @@ def finetune(
     recipe: Annotated[
         str,
         typer.Option(
-            "--recipe", autocompletion=completion.trainings, help="lsq: weight scales learn; ofq: they follow statistics, and annealing."
+            "--recipe",
+            autocompletion=completion.trainings,
+            callback=completion.known("recipe", completion.trainings),
+            help="lsq: weight scales learn; ofq: they follow statistics, and annealing.",
         ),
     ] = "lsq",
     max_minutes: Annotated[

@@ -31,7 +31,13 @@ def profile(
     model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
     images: options.OptionalImages = None,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", autocompletion=completion.metrics, help="Repeatable; the first is allocate's default.")
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            autocompletion=completion.metrics,
+            callback=completion.known("metric", completion.metrics),
+            help="Repeatable; the first is allocate's default.",
+        ),
     ] = None,
     bits: Annotated[str, typer.Option("--bits", help="The widths to price.")] = "2,3,4,5,6,7,8",
     arch: options.Arch = None,
