@@ -55,7 +55,7 @@ def passes(name: str, arguments: argparse.Namespace, count: int, repeats: int = 
     """The cost of a stage in forward passes."""
     model, images = opened(arguments, count)
     graph, _ = prepare(model)
-    plan = planned(model, images, arguments.bits) if name != "profile" else None
+    plan = planned(model, opened(arguments, BATCH)[1], arguments.bits) if name != "profile" else None
 
     def forward() -> None:
         with torch.no_grad():
