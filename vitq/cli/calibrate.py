@@ -110,8 +110,7 @@ def calibrate(
         return
     with terminal.keeping(scratch), terminal.watching(opened, "calibrate") as progress:
         checkpoint = fit(loaded, chosen, opened, recipe, device, symmetric, learning, progress)
-    calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
-    save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path, force)
+    save(memory.remembered_in(checkpoint, remembered), path, force)
     if scratch is not None:
         discard(scratch)
     lines: list[str] = []

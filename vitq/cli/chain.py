@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,6 +77,11 @@ class Memory:
                 return model
             problem = f"the weights of {place} are not those that {self.artifact} was made from, they have changed"
         raise InputError(f"{problem}; {remedy}")
+
+    def remembered_in(self, checkpoint: "Checkpoint", images: "ImageSource") -> "Checkpoint":
+        """A checkpoint with all that later commands need to open the model, and the images that calibrated it, again."""
+        calibration = checkpoint.made_from["calibration"] | {"images": images.model_dump()}
+        return replace(checkpoint, made_from={**self.made_from, **checkpoint.made_from, "calibration": calibration})
 
     def loading(self) -> "LoadingOptions":
         """The options that the float model was loaded with; none where that is not remembered."""

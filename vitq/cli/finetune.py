@@ -189,5 +189,4 @@ def _calibrate(
     opened, remembered = memory.images(Reading(None, None, None, batch_size, 0), loaded.data_config, loaded.label_names)
     with terminal.watching(opened, "calibrate"):
         checkpoint = calibrate(loaded, plan, opened, device=device)
-    calibration = checkpoint.made_from["calibration"] | {"images": remembered.model_dump()}
-    save(replace(checkpoint, made_from={**memory.made_from, **checkpoint.made_from, "calibration": calibration}), path)
+    save(memory.remembered_in(checkpoint, remembered), path)
