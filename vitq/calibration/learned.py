@@ -44,6 +44,11 @@ def learned_log_grid(x: Tensor, scale: Tensor, quantizer: LogGrid) -> Tensor:
     return _LogGrid.apply(x, scale, quantizer)  # type: ignore[return-value]
 
 
+def bounded(x: Tensor, lowest: float, highest: float) -> Tensor:
+    """x clipped; at a bound and beyond only those gradients pass that descend back inside. Torch's own clip passes none."""
+    return _Bounded.apply(x, lowest, highest)  # type: ignore[return-value]
+
+
 def straight_through(x: Tensor, quantizer: Quantizer) -> Tensor:
     """x^ by any quantizer, whose gradient is that of the identity."""
     return x + (quantizer.quantize_dequantize(x) - x).detach()
@@ -80,6 +85,20 @@ class _LogGrid(torch.autograd.Function):
         whole, inside = ctx.saved_tensors
         (gradient,) = gradients
         return gradient * inside, (gradient * whole).sum(), None
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, lowest: float, highest: float) -> Tensor:
+        ctx.save_for_backward(x <= lowest, x >= highest)
+        return x.clamp(lowest, highest)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        at_lowest, at_highest = ctx.saved_tensors
+        (gradient,) = gradients
+        outward = (at_lowest & (gradient > 0)) | (at_highest & (gradient < 0))
+        return gradient * ~outward, None, None
 
 
 class _Weight(torch.autograd.Function):

@@ -26,7 +26,7 @@ from torch.fx import Node
 
 from vitq.affine import QuantizedWeight, highest_code, weight_codes
 from vitq.artifacts import Layer
-from vitq.calibration.learned import learned_activation, learned_log_grid, learned_weight, straight_through
+from vitq.calibration.learned import bounded, learned_activation, learned_log_grid, learned_weight, straight_through
 from vitq.checkpoint import Checkpoint
 from vitq.graph import Graph, assign, copy, tensor_of
 from vitq.graph.dataflow import argument, aten
@@ -244,7 +244,7 @@ def _scale(learned: Learned, kind: str) -> Tensor:
 
 
 def _zero_point(learned: Learned, bits: int) -> Tensor:
-    return learned.variables["zero_point"].clamp(0, highest_code(bits))
+    return bounded(learned.variables["zero_point"], 0, highest_code(bits))
 
 
 def _steps_and_scale(learned: Learned) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ class Training:
     """How to fine-tune.
 
     `epochs` and `minutes` end the run, whichever is first. `rate` is AdamW's for weights, in steps of their scale a step; `other_rates` is
-    what the rates of all else (`calibration.variables.RATES`) are multiplied with. `warmup` is the part of the run in which rates rise;
+    what the rates of all else (`learner.RATES`) are multiplied with. `warmup` is the part of the run in which rates rise;
     `decay` is AdamW's weight decay of weights; `clip` the largest norm of each kind's gradients, `ema` the decay of moving averages of
     all variables, which are what is returned; 0: none. `bfloat16` computes products under autocast. State is kept every `save_minutes`.
     """
