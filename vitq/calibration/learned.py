@@ -45,7 +45,7 @@ def learned_log_grid(x: Tensor, scale: Tensor, quantizer: LogGrid) -> Tensor:
 
 
 def bounded(x: Tensor, lowest: float, highest: float) -> Tensor:
-    """x clipped; at a bound and beyond only those gradients pass that descend back inside. Torch's own clip passes none."""
+    """Clips x; at a bound and beyond only those gradients pass that descend back inside. Torch's own clip passes none."""
     return _Bounded.apply(x, lowest, highest)  # type: ignore[return-value]
 
 
