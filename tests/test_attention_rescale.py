@@ -4,6 +4,7 @@ import copy as copying
 import math
 
 import pytest
+import rescaled_checkpoint
 import torch
 from small_models import FAMILIES, ThreeProjections, Tokens, captured, captured_module, images, randomised, timm_model
 from torch import Tensor, nn
@@ -163,30 +164,6 @@ def test_a_dead_channel_keeps_its_scale():
     assert scale[1] == 1 and not torch.allclose(scale[[0, 2]], torch.ones(2), rtol=0.01)
 
 
-def rescaled_checkpoint(model: nn.Module) -> nn.Module:
-    """The same function: LayerNorm gains, value rows and query and key rows times up to 64 either way, their readers divided."""
-    generator = torch.Generator().manual_seed(11)
-    rescaled = copying.deepcopy(model)
-
-    def factors(count: int) -> Tensor:
-        return 2 ** (12 * torch.rand(count, generator=generator) - 6)
-
-    with torch.no_grad():
-        for block in rescaled.blocks:  # type: ignore[union-attr]
-            width = block.attn.proj.in_features
-            for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
-                r = factors(width)
-                norm.weight *= r
-                norm.bias *= r
-                linear.weight /= r
-            meeting, value = factors(width), factors(width)
-            rows = torch.cat([meeting, 1 / meeting, value])
-            block.attn.qkv.weight *= rows[:, None]
-            block.attn.qkv.bias *= rows
-            block.attn.proj.weight /= value
-    return rescaled
-
-
 def profile_of(model: nn.Module, metrics: list[str]) -> Profile:
     graph = rewrite(capture(model, (3, 32, 32)))
     batches = in_batches(images(16, 32, seed=5), 8)
@@ -199,12 +176,12 @@ def profile_of(model: nn.Module, metrics: list[str]) -> Profile:
 
 def test_an_exactly_rescaled_checkpoint_gets_the_same_profile_and_plan():
     plain = timm_model("vit")
-    rescaled = rescaled_checkpoint(plain)
+    other = rescaled_checkpoint.rescaled(plain, seed=11)
     x = images(4, 32)
     with torch.no_grad():
-        assert torch.allclose(plain(x), rescaled(x), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(plain(x), other(x), rtol=1e-4, atol=1e-5)
     metrics = ["output-fisher", "sensitivity", "hawq-v2", "sqnr", "weight-mse"]
-    ours, theirs = profile_of(plain, metrics), profile_of(rescaled, metrics)
+    ours, theirs = profile_of(plain, metrics), profile_of(other, metrics)
     for metric in metrics:
         for layer, costs in ours.costs[metric].tied.items():
             assert theirs.costs[metric].tied[layer] == pytest.approx(costs, rel=0.1, abs=1e-7), (metric, layer)
