@@ -30,8 +30,8 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitq.artifacts import refuse_existing, write_whole
 from vitq.errors import InputError
+from vitq.whole import refuse_existing, write_whole
 
 FORMAT = "vitq-images/1"
 """The `format` in the metadata of an images.safetensors whose float32 images are preprocessed already."""
