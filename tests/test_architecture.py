@@ -188,7 +188,7 @@ def test_source_keeps_the_rules():
         ("vitq/trials/refine.py", "import highspy", "trials imports highspy, which is allowed in: allocation"),
         ("vitq/accuracy.py", "import onnx", "accuracy imports onnx, which is allowed in: onnx_file"),
         ("vitq/calibration/fast.py", "import onnxruntime", "which is allowed in: bench, onnx_file, runtime"),
-        ("vitq/images.py", "from rich.progress import track", "images imports rich, which is allowed in: cli, report"),
+        ("vitq/images/pictures.py", "from rich.progress import track", "images imports rich, which is allowed in: cli, report"),
         ("vitq/cli/app.py", "import pickle", "cli imports pickle, which is allowed in: nowhere"),
         ("vitq/cli/app.py", "import einops", "cli imports einops, which pyproject.toml does not require"),
         ("vitq/cli/app.py", "import importlib\nimportlib.import_module(name)", "app.py:2: importlib.import_module of a computed name"),
@@ -213,7 +213,7 @@ def test_finds_planted_faults(file: str, source: str, fault: str):
     [
         ("vitq/ranges.py", "import math\nimport numpy as np\nimport torch\nfrom vitq import __version__\nfrom vitq.affine import quantize"),
         ("vitq/allocation/__init__.py", "import highspy\nfrom vitq.allocation.solver import solve\nfrom . import budgets"),
-        ("vitq/images.py", "from PIL import Image\nimport timm.data\nfrom vitq.errors import InputError"),
+        ("vitq/images/pictures.py", "from PIL import Image\nimport timm.data\nfrom vitq.errors import InputError"),
         ("vitq/models.py", "import torch\nmodel.eval()\ntorch.load(path, weights_only=True)\npattern.exec()"),
         ("vitq/__init__.py", "from importlib import import_module\nimport_module(name)"),
         ("vitq/__main__.py", "from vitq.cli.app import main"),
