@@ -10,20 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_session import Done, environment, make_chain, make_images, make_model, vitq
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    assert all(done.code == 0 for done in make_chain(folder))
-    return folder
-
-
-@pytest.fixture
-def session(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished session, free to be spoilt."""
-    return shutil.copytree(finished, tmp_path / "session")
+from cli_session import Done, environment, make_images, make_model, vitq
 
 
 def refused(session: Path, code: int, *arguments: object) -> str:
