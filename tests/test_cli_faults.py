@@ -282,7 +282,7 @@ def test_an_interrupted_sensitivity_says_that_it_goes_on(session: Path, monkeypa
 
 
 def test_a_fault_of_ours_is_a_traceback_and_1(session: Path):
-    script = "import vitq.models, vitq.cli.app as app\nvitq.models.load = None\napp.main(['show', 'model'])"
+    script = "import vitq.artifacts, vitq.cli.app as app\nvitq.artifacts.load_plan = None\napp.main(['show', 'vitq-run/plan.json'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=session, env=environment(), timeout=120)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "TypeError" in done.stderr
