@@ -1,6 +1,7 @@
 """What every test file may use: the example model and images that come with the package; no network, no chance."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,22 @@ settings.load_profile("vitq")
 def demo_data() -> Path:
     """The folder of the example data: `vit_cifar10/` (float16), `calibration.tar` (512 images), `test.tar` (1,000 images)."""
     return Path(vitq.__file__).parent / "demo_data"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny `model`, `images` and a finished `vitq-run`; to be read, not changed."""
+    from cli_session import make_chain
+
+    folder = tmp_path_factory.mktemp("finished")
+    assert all(done.code == 0 for done in make_chain(folder))
+    return folder
+
+
+@pytest.fixture
+def session(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished folder, free to be spoilt."""
+    return shutil.copytree(finished, tmp_path / "session")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup.sh dev
-exec "$VIRTUAL_ENV/bin/python" -m pytest -n 2 "$@"
+exec "$VIRTUAL_ENV/bin/python" -m pytest -n 2 --dist worksteal "$@" # neighbours stay together: what a file makes once is made once

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cli_session import CLASSES, environment, make_chain, make_images, make_model, vitq
+from cli_session import CLASSES, environment, make_images, make_model, vitq
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -28,18 +28,6 @@ from vitq.importance.journal import Journal
 from vitq.whole import unfinished
 
 PYTHON = [sys.executable, "-m", "vitq"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    assert all(done.code == 0 for done in make_chain(folder))
-    return folder
-
-
-@pytest.fixture
-def session(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "session")
 
 
 def files(folder: Path) -> dict[str, bytes]:

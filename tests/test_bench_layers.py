@@ -1,6 +1,7 @@
 """Layers timed alone: they are the layers of real files, and the table follows from the medians by its equations."""
 
 import json
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from cli_session import make_chain, vitq
 from small_models import FAMILIES, captured
 
 import vitq.bench.layers as bench_layers
-from vitq.artifacts import ModelSpec, load_plan, load_profile
+from vitq.artifacts import Bits, ModelSpec, load_plan, load_profile
 from vitq.bench.compare import noise
 from vitq.bench.latency import Latency
+from vitq.bench.layers import graph_of
 from vitq.graph import Graph
 from vitq.latency import load_latency_table
 from vitq.onnx_file.kernels import INTEGER_KERNELS, optimised_graph
-from vitq.onnx_file.timing import timing_files
+from vitq.onnx_file.timing import LayerFile, made_up, timing_files, whole_file
 from vitq.rewrites import fold_layernorms, rewrite
 from vitq.runtime import open_session
 
@@ -39,11 +41,33 @@ def op_types(content: bytes) -> list[str]:
     return sorted(node.op_type for node in optimised_graph(content).node)
 
 
+@pytest.fixture
+def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graph and files of a table are made by the first test that asks for them; what they hold is tested elsewhere."""
+    monkeypatch.setattr(bench_layers, "graph_of", lambda spec: graph_once(spec.model_dump_json()))
+    monkeypatch.setattr(bench_layers, "timing_files", lambda graph, spec, widths: files_once(spec.model_dump_json(), tuple(widths)))
+
+
+@cache
+def graph_once(spec: str) -> Graph:
+    return graph_of(ModelSpec.model_validate_json(spec))
+
+
+@cache
+def files_once(spec: str, widths: tuple[Bits, ...]) -> dict[Bits, tuple[bytes, list[LayerFile]]]:
+    return timing_files(graph_once(spec), ModelSpec.model_validate_json(spec), widths)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", [8, 4])
-def test_every_layer_is_one_of_the_files_and_runs_at_any_batch(family: str, bits: int) -> None:
+def test_every_layer_is_one_of_the_files_and_runs_at_any_batch(family: str) -> None:
     graph = fold_layernorms(rewrite(captured(family)[1]))
-    whole, files = timing_files(graph, spec_of(graph), bits)  # type: ignore[arg-type]
+    found = timing_files(graph, spec_of(graph), (8, 4))
+    assert [[file.layers for file in files] for _, files in found.values()] == 2 * [[file.layers for file in found[8][1]]]
+    for bits in (8, 4):
+        every_layer_is_one_of_the_files(graph, *found[bits])
+
+
+def every_layer_is_one_of_the_files(graph: Graph, whole: bytes, files: list[LayerFile]) -> None:
     layers = {layer.name: layer for layer in graph.layers}
     assert sorted(name for file in files for name in file.layers) == sorted(layers)
     fused = {node.name for node in optimised_graph(whole).node if node.op_type in INTEGER_KERNELS}
@@ -75,7 +99,7 @@ def test_the_timed_model_has_the_ops_of_a_real_file_whatever_the_weights_widths(
         done = vitq(*command, folder=session)
         assert done.code == 0, done.err
     spec = load_plan(folder / "plan.json").model
-    whole, _ = timing_files(bench_layers.graph_of(spec), spec, bits)  # type: ignore[arg-type]
+    whole = whole_file(made_up(graph_once(spec.model_dump_json()), spec, bits))  # type: ignore[arg-type]
     real = (folder / "model.onnx").read_bytes()
     # Below 8 bits a real softmax may do without its Clip.
     softmaxes = sum(node.op_type == "Softmax" for node in onnx.load_model_from_string(real).graph.node)
@@ -84,10 +108,10 @@ def test_the_timed_model_has_the_ops_of_a_real_file_whatever_the_weights_widths(
     assert 0 <= timed.count("Clip") - found.count("Clip") <= softmaxes
 
 
-def test_the_table_follows_from_the_medians(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_follows_from_the_medians(session: Path, monkeypatch: pytest.MonkeyPatch, made_once: None) -> None:
     """With made-up medians: a run without ops 1 ms; at 8 bits the model 100 ms and layers 1.5, 2.0, ...; below 107 ms and 2.5, 3.0, ..."""
     profile = load_profile(session / "vitq-run" / "profile.json")
-    kinds = len(timing_files(bench_layers.graph_of(profile.model), profile.model, 8)[1])
+    kinds = len(files_once(profile.model.model_dump_json(), tuple(bench_layers.FORMS))[8][1])
     assert kinds == 8  # patch embedding, qkv, qk, av, proj, fc1, fc2, head: two blocks share theirs
     medians = [1.0, 100.0, 107.0, 103.0, *(1.5 + 0.5 * at for at in range(kinds)), *(2.5 + 0.5 * at for at in range(kinds))]
     timed = []
@@ -136,7 +160,7 @@ def test_what_narrow_activations_cost_is_shared_out(extra: float, alone: list[fl
     assert found.tolist() == expected
 
 
-def test_a_layer_faster_than_nothing_takes_no_time(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_faster_than_nothing_takes_no_time(session: Path, monkeypatch: pytest.MonkeyPatch, made_once: None) -> None:
     profile = load_profile(session / "vitq-run" / "profile.json")
     medians = [Latency(1.0, 1.0), Latency(0.9, 1.0)]
     monkeypatch.setattr(bench_layers, "interleaved", lambda calls, rounds, progress: medians[:1] + medians[1:] * (len(calls) - 1))
@@ -144,7 +168,7 @@ def test_a_layer_faster_than_nothing_takes_no_time(session: Path, monkeypatch: p
     assert {timing.ms for timing in table.timings} == {0} and table.rest_ms == 0.9
 
 
-def test_from_layers_to_a_plan_on_the_command_line(session: Path) -> None:
+def test_from_layers_to_a_plan_on_the_command_line(session: Path, made_once: None) -> None:
     missing = vitq("allocate", "--budget", "latency=1ms", "--run-dir", "vitq-run", "-o", "plan.json", folder=session)
     assert missing.code == 3 and "latency.json does not exist; `vitq bench --layers` writes it" in missing.err
     done = vitq("bench", "--layers", "--rounds", 2, "--threads", 1, "--json", folder=session)

@@ -5,21 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_session import make_chain, vitq
+from cli_session import vitq
 
 ROW = {"name", "batch", "threads", "median_ms", "p90_ms", "images_per_second", "speedup"}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    assert all(done.code == 0 for done in make_chain(folder))
-    return folder
-
-
-@pytest.fixture
-def session(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "session")
 
 
 def test_files_and_baselines_in_one_document(session: Path):

@@ -10,20 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_session import Done, environment, make_chain, make_images, make_model, vitq
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    assert all(done.code == 0 for done in make_chain(folder))
-    return folder
-
-
-@pytest.fixture
-def session(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished session, free to be spoilt."""
-    return shutil.copytree(finished, tmp_path / "session")
+from cli_session import Done, environment, make_images, make_model, vitq
 
 
 def refused(session: Path, code: int, *arguments: object) -> str:
@@ -295,7 +282,7 @@ def test_an_interrupted_sensitivity_says_that_it_goes_on(session: Path, monkeypa
 
 
 def test_a_fault_of_ours_is_a_traceback_and_1(session: Path):
-    script = "import vitq.models, vitq.cli.app as app\nvitq.models.load = None\napp.main(['show', 'model'])"
+    script = "import vitq.artifacts, vitq.cli.app as app\nvitq.artifacts.load_plan = None\napp.main(['show', 'vitq-run/plan.json'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=session, env=environment(), timeout=120)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "TypeError" in done.stderr

@@ -5,25 +5,18 @@ from pathlib import Path
 
 import onnx
 import pytest
-from cli_session import make_chain, vitq
+from cli_session import vitq
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    assert all(done.code == 0 for done in make_chain(folder))
-    return folder
-
-
-def test_an_untouched_file_passes_alone_and_before_its_evaluation(finished: Path, tmp_path: Path):
-    alone = vitq("evaluate", "vitq-run/model.onnx", "--verify", folder=finished)
+def test_an_untouched_file_passes_alone_and_before_its_evaluation(session: Path, tmp_path: Path):
+    alone = vitq("evaluate", "vitq-run/model.onnx", "--verify", folder=session)
     assert (alone.code, alone.err) == (0, "next: vitq evaluate vitq-run/model.onnx --images PATH\n")
     assert "vitq-run/model.onnx is the file that was exported: all " in alone.out
-    moved = shutil.copy(finished / "vitq-run" / "model.onnx", tmp_path / "moved.onnx")
+    moved = shutil.copy(session / "vitq-run" / "model.onnx", tmp_path / "moved.onnx")
     document = vitq("evaluate", moved, "--verify", "--json", "-o", tmp_path / "said.json").document
     assert document["verified"] is True and document["parts"] > 100
-    assert (tmp_path / "said.json").exists() and not (finished / "vitq-run" / "evaluate.json").exists()
-    both = vitq("evaluate", "vitq-run/model.onnx", "--verify", "--images", "images", "--num-images", 8, "--json", folder=finished)
+    assert (tmp_path / "said.json").exists() and not (session / "vitq-run" / "evaluate.json").exists()
+    both = vitq("evaluate", "vitq-run/model.onnx", "--verify", "--images", "images", "--num-images", 8, "--json", folder=session)
     assert both.document["num_images"] == 8
     assert both.document["verified"] is True
 

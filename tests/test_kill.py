@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cli_session import environment, make_chain, vitq
+from cli_session import environment, vitq
 from PIL import Image
 
 from vitq import checkpoint
@@ -65,13 +65,6 @@ WHOLE: dict[str, Callable[[Path], object]] = {
 }
 LEFT = re.compile(r"\.[\w.-]+\.part|\.[\w-]+\.journal\.jsonl|\.[\w-]+\.scratch")
 """What a killed run may leave; all of it is hidden, and gone after the next run."""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    assert all(done.code == 0 for done in make_chain(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")

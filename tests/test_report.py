@@ -532,7 +532,7 @@ def test_colours_order_by_lightness_and_carry_their_text(text: str, scale: str):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_overflows_in_a_browser(tmp_path: Path, text: str, width: int):
+def test_nothing_overflows_or_scrolls_sideways_in_a_browser(tmp_path: Path, text: str, width: int):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("there is no Chromium here to lay the report out with")
@@ -540,8 +540,11 @@ def test_nothing_overflows_in_a_browser(tmp_path: Path, text: str, width: int):
     script = """<script>
         const frame = document.getElementById("f");
         frame.onload = () => {
-            const root = frame.contentDocument.documentElement;
-            document.body.dataset.found = JSON.stringify([root.scrollWidth, root.clientWidth, root.scrollHeight]);
+            const page = frame.contentDocument, root = page.documentElement;
+            page.querySelectorAll("details").forEach(part => { part.open = true; });
+            const scrolled = [...page.querySelectorAll(".scroll")].filter(part => part.scrollWidth > part.clientWidth);
+            const where = scrolled.map(part => part.closest("section").id);
+            document.body.dataset.found = JSON.stringify([root.scrollWidth, root.clientWidth, root.scrollHeight, where]);
         };
     </script>"""
     (tmp_path / "frame.html").write_text(frame + script, encoding="utf-8")
@@ -550,5 +553,6 @@ def test_nothing_overflows_in_a_browser(tmp_path: Path, text: str, width: int):
     found = re.search(r'data-found="([^"]*)"', done.stdout)
     if found is None:
         pytest.skip(f"Chromium did not run here: {done.stderr[-200:]}")
-    content, visible, height = json.loads(html.unescape(found.group(1)))
+    content, visible, height, scrolled = json.loads(html.unescape(found.group(1)))
     assert content <= visible and width - 20 <= visible <= width and height > 3000
+    assert scrolled == []

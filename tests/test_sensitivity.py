@@ -1,10 +1,9 @@
 """Sensitivity against running the whole quantized network naively, its options, its journal, and a run that is killed."""
 
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -332,30 +331,28 @@ def test_numbers_survive_the_journal(tmp_path: Path):
 # Killed at random moments
 
 
-RUN = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_sensitivity import every_width
-from vitq.importance.sensitivity import sensitivity
-sensitivity(replace(every_width(), journal=Path(sys.argv[2])))
-"""
+PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, by the server
+PROCESSES.set_forkserver_preload(["timm", "vitq.importance.sensitivity"])
 
 
 def every_width() -> Subject:
     return subject_of(bits=(2, 3, 4, 5, 6, 7, 8))
 
 
+def journalled(journal: Path) -> None:
+    sensitivity(replace(every_width(), journal=journal))
+
+
 def kill(journal: Path, moment: int) -> None:
     """Runs the metric in a process of its own and kills it once the journal has so many lines more, wherever it then is."""
     goal = lines(journal) + moment
-    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(journal)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and lines(journal) < goal:
+    process = PROCESSES.Process(target=journalled, args=(journal,))
+    process.start()
+    while process.is_alive() and lines(journal) < goal:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def lines(path: Path) -> int:

@@ -55,7 +55,7 @@ def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None 
         InputError: this torch and timm build another graph than the profile has, or one that cannot be exported.
     """
     graph = graph_of(spec)
-    forms: dict[Bits, tuple[bytes, list[LayerFile]]] = {bits: timing_files(graph, spec, bits) for bits in FORMS}
+    forms = timing_files(graph, spec, FORMS)
     mixed = every_other_block_narrow(graph)
     wholes = [forms[WIDE][0], forms[NARROW][0], whole_file(made_up(graph, spec, mixed))]
     runs = [call(open_session(nothing(), threads), [noise((1,))])]
@@ -71,7 +71,7 @@ def latency_table(spec: ModelSpec, batch: int, threads: int, rounds: int | None 
             progress(done, whole, f"{len(runs)} files")
 
     overhead, wide, narrow, measured, *medians = (found.median_ms for found in interleaved(runs, rounds, progress=told))
-    kinds = forms[WIDE][1]  # the kinds of layers are the same, in the same order, in every form
+    kinds = forms[WIDE][1]
     at_wide, at_narrow = (np.maximum(0, np.array(part) - overhead) for part in (medians[: len(kinds)], medians[len(kinds) :]))
     counts = np.array([len(file.layers) for file in kinds])
     at_narrow = at_wide + shared_out(narrow - wide, at_narrow - at_wide, counts)

@@ -160,11 +160,9 @@ def fit_in_sequence(
 
     def at_layer(layer: Layer) -> Intercept:
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            count = len(layer.activations)
-            operands = zip(layer.activations, arguments, strict=False)
-            read = [activations[operand.tensor].quantize_dequantize(x) for operand, x in operands]
+            read = quantized_inputs(layer, activations, arguments)
             if not layer.has_weight:
-                return compute(*read, *arguments[count:])
+                return compute(*read, *arguments[len(read) :])
             if layer.op == "linear":
                 found[layer.name] = weigh(arguments[1], read[0], found[layer.name].bits)
             return compute(*read, found[layer.name].dequantize(), *arguments[2:])
@@ -178,6 +176,11 @@ def fit_in_sequence(
             {folded.nodes[layer.name]: at_layer(layer) for layer in folded.layers},
         )
     return found
+
+
+def quantized_inputs(layer: Layer, activations: Mapping[str, Quantizer], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The activations among a layer's arguments, each in the values that have codes of its quantizer (by `Operand.tensor`)."""
+    return [activations[operand.tensor].quantize_dequantize(x) for operand, x in zip(layer.activations, arguments, strict=False)]
 
 
 def output_error(compute: Callable[..., Tensor], arguments: tuple[Any, ...], position: int, quantizer: Quantizer) -> float:

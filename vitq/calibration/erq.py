@@ -18,7 +18,7 @@ from torch import Tensor
 from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.artifacts import BitPlan, Layer
 from vitq.calibration.assemble import assemble
-from vitq.calibration.channelwise import fold_channelwise
+from vitq.calibration.channelwise import fold_channelwise, quantized_inputs
 from vitq.checkpoint import Checkpoint
 from vitq.fitting.halves import halved
 from vitq.fitting.inputs import InputMoments
@@ -60,11 +60,9 @@ def calibrate_erq(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool
 
     def at_layer(layer: Layer) -> Intercept:
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            count = len(layer.activations)
-            operands = zip(layer.activations, arguments, strict=False)
-            read = [activations[operand.tensor].quantize_dequantize(x) for operand, x in operands]
+            read = quantized_inputs(layer, activations, arguments)
             if not layer.has_weight:
-                return compute(*read, *arguments[count:])
+                return compute(*read, *arguments[len(read) :])
             weight, bias, bits = arguments[1], arguments[2], plan.bits[layer.name].weight_bits
             assert bits is not None
             if layer.op == "linear":

@@ -9,7 +9,7 @@ beside its layers.
 Leaves out: verification, and anything about accuracy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,34 +45,36 @@ class LayerFile:
     shapes: tuple[tuple[int, ...], ...]
 
 
-def timing_files(graph: Graph, spec: ModelSpec, activation_bits: Bits) -> tuple[bytes, list[LayerFile]]:
-    """The whole model, 8-bit weights and activations of a width, and a file for each kind of layer in it: of equal ops and shapes.
+def timing_files(graph: Graph, spec: ModelSpec, widths: Iterable[Bits]) -> dict[Bits, tuple[bytes, list[LayerFile]]]:
+    """By width: the whole model, 8-bit weights and activations of the width, and a file for each kind of layer (equal ops and shapes).
 
     Args:
         graph: the graph as it is exported, LayerNorms folded.
         spec: its model.
-        activation_bits: of every layer.
+        widths: of the activations of every layer; the kinds are the same, in the same order, at all of them.
 
     Raises:
         InputError: torch.onnx cannot express some op of the graph.
     """
-    checkpoint = made_up(graph, spec, activation_bits)
-    model = trace_graph(graph)
     layers = {layer.name: layer for layer in graph.layers}
-    kinds: dict[Any, list[str]] = {}
-    alone: dict[Any, ir.Model] = {}
-    for node in model.graph:
+    kinds: dict[Any, list[tuple[Layer, ir.Node]]] = {}
+    for node in trace_graph(graph).graph:
         if node.domain == DOMAIN:
             layer = layers[node.attributes["layer"].as_string()]
-            kind = _kind(layer, node)
-            kinds.setdefault(kind, []).append(layer.name)
-            if kind not in alone:
-                alone[kind] = _alone(layer, node)
-    files = [
-        LayerFile(tuple(names), _finished(alone[kind], checkpoint), tuple(operand.shape for operand in layers[names[0]].activations))
-        for kind, names in kinds.items()
-    ]
-    return whole_file(checkpoint), files
+            kinds.setdefault(_kind(layer, node), []).append((layer, node))
+    found: dict[Bits, tuple[bytes, list[LayerFile]]] = {}
+    for bits in widths:
+        checkpoint = made_up(graph, spec, bits)
+        files = [
+            LayerFile(
+                tuple(layer.name for layer, _ in alike),
+                _finished(_alone(*alike[0]), checkpoint),
+                tuple(operand.shape for operand in alike[0][0].activations),
+            )
+            for alike in kinds.values()
+        ]
+        found[bits] = whole_file(checkpoint), files
+    return found
 
 
 def whole_file(checkpoint: Checkpoint, storage: Storage = "fast", attention_int8: bool = False) -> bytes:
