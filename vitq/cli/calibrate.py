@@ -22,6 +22,7 @@ from vitq.cli.chain import (
 )
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.layer_table import worst
+from vitq.cli.opening import say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
 from vitq.units import in_units
@@ -90,6 +91,8 @@ def calibrate(
         loaded = memory.model(model, "--model")
     opened, remembered = memory.images(reading, loaded.data_config, loaded.label_names)
     terminal.preprocessing(loaded.data_config, chosen.model.data_config)
+    if images is not None:
+        say_foreign(terminal, loaded.digest, images)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     scratch, learning = None, None
     if recipe in LEARNING:

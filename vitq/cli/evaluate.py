@@ -22,6 +22,7 @@ from vitq.cli.chain import (
     refuse_missing_sources,
 )
 from vitq.cli.dry_run import say_estimate, trial_size, tried
+from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
 from vitq.whole import locked
@@ -87,16 +88,16 @@ def evaluate(
     loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
     from vitq.accuracy import evaluate as measure
-    from vitq.images import open_images
 
     started = time.perf_counter()
     with terminal.waiting("load"):
         subject = _open(artifact, loading, device)
         float_model = _reference(subject, reference, loading, run_dir)
-    opened = open_images(images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
+    opened = open_for(subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
     counted = _labels_fit(opened, subject.num_classes)
     _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
+    say_foreign(terminal, subject.model_digest, images)
     if not counted and subject.num_classes:
         terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
     runnable = None if float_model is None else on_device(float_model.module, device)
@@ -107,7 +108,7 @@ def evaluate(
 
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
-        sample = open_images(images, subject.data_config, few, seed, batch_size, workers, subject.label_names)
+        sample = open_for(subject.model_digest, images, subject.data_config, few, seed, batch_size, workers, subject.label_names)
         say_estimate(
             terminal, "evaluate", tried(terminal, lambda _: measured(sample), sample, opened.num_listed, started), "for its result"
         )
@@ -142,6 +143,12 @@ class Subject:
     label_names: tuple[str, ...]
     folder: Path | None
     made_from: Mapping[str, Any]
+
+    @property
+    def model_digest(self) -> str | None:
+        """The float model's."""
+        known = self.made_from.get("model")
+        return known.get("digest") if isinstance(known, dict) else None
 
 
 def flat(found: "Evaluation") -> dict[str, Any]:
@@ -207,7 +214,8 @@ def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
         spec, runnable = found.plan.model, on_device(found.quantized_module(), device)
         return Subject(path.name, runnable, spec.data_config, spec.num_classes, spec.label_names, path.parent, found.made_from)
     model = load(artifact, **loading.model_dump())
-    return Subject(artifact, on_device(model.module, device), model.data_config, model.num_classes, model.label_names, None, {})
+    made_from = {"model": {"source": artifact, "digest": model.digest}}
+    return Subject(artifact, on_device(model.module, device), model.data_config, model.num_classes, model.label_names, None, made_from)
 
 
 def _reference(subject: Subject, given: str | None, loading: "LoadingOptions", run_dir: Path | None) -> "LoadedModel | None":

@@ -24,6 +24,7 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
+from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError
 from vitq.units import in_units
@@ -106,7 +107,6 @@ def finetune(
     from vitq.checkpoint import load, save
     from vitq.finetune import Augmentation, Distillation, Training, joined
     from vitq.finetune import finetune as train
-    from vitq.images import open_images
 
     training = Training(
         recipe=recipe,
@@ -130,8 +130,9 @@ def finetune(
     with joined(device) as processes:
         terminal = Terminal(quiet or not processes.leads, verbose, as_json)
         loaded = memory.model(model, "--model")
-        opened = open_images(images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
+        opened = open_for(loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
         terminal.preprocessing(loaded.data_config, chosen.model.data_config)
+        say_foreign(terminal, loaded.digest, images)
         state = path.with_name(f".{path.stem}.finetuning.safetensors")
         if processes.leads:
             if not calibrated.is_file():

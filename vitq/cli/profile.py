@@ -13,6 +13,7 @@ from vitq.cli.bit_map import cost_map
 from vitq.cli.chain import PROFILE, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.layer_table import cost_table
+from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
 from vitq.units import in_units
@@ -107,19 +108,19 @@ def profile(
     journal = path.with_name(f".{path.stem}.journal.jsonl")
     if not resume:
         journal.unlink(missing_ok=True)
-    from vitq.images import open_images
     from vitq.importance import profile as price
     from vitq.models import load
 
     started = time.perf_counter()
     with terminal.waiting("load the model"):
         loaded = load(model, **loading.model_dump())
-    opened = open_images(images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
+    opened = open_for(loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
     terminal.preprocessing(loaded.data_config)
+    say_foreign(terminal, loaded.digest, images)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
-        sample = open_images(images, loaded.data_config, few, seed, batch_size, workers, loaded.label_names)
+        sample = open_for(loaded.digest, images, loaded.data_config, few, seed, batch_size, workers, loaded.label_names)
 
         def work(folder: Path) -> None:
             save(price(loaded, sample, metric or [DEFAULT_METRIC], widths, seed, device, chosen, folder / "journal"), folder / PROFILE)
