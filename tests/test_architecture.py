@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "choices", "whole"),
     ("artifacts",),
-    ("affine", "grid", "images", "latency", "moments", "processor", "units", "weights"),
+    ("affine", "grid", "images", "intervals", "latency", "moments", "processor", "units", "weights"),
     ("augmented", "models", "graph", "quantizers", "runtime"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
@@ -50,7 +50,7 @@ LIBRARIES = {
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
-    "torch": set(FLOOR) - {"errors", "choices", "artifacts", "grid", "latency", "processor", "units", "allocation"},
+    "torch": set(FLOOR) - {"errors", "choices", "artifacts", "grid", "intervals", "latency", "processor", "units", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.

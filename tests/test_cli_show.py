@@ -30,7 +30,7 @@ def run(tmp_path: Path, found: Profile) -> Path:
     save(found, folder / "profile.json")
     save(allocate(found, ["4.0"]).plan, folder / "plan.json")
     save(make_latencies(LAYERS, random.Random(0)), folder / "latency.json")
-    evaluated = {"num_images": 50, "top1": 71.25, "top1_margin": 1.5, "agreement": 90.5, "kl": 0.01234}
+    evaluated = {"num_images": 50, "top1": 71.25, "top1_margin": 1.5, "top5": 100.0, "top5_margin": 0.0, "agreement": 90.5, "kl": 0.01234}
     results = {"model.onnx": evaluated, "a name that is long enough for its line " * 3: {"num_images": 7}}
     (folder / "evaluate.json").write_text(json.dumps(results))
     row = {"name": "model.onnx", "batch": 8, "threads": 2, "median_ms": 4.25, "p90_ms": 5.5, "images_per_second": 1882.4, "speedup": 1.0}
@@ -43,7 +43,7 @@ def run(tmp_path: Path, found: Profile) -> Path:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("evaluate.json", ["model.onnx", "50", "71.25", "90.50", "0.0123"]),
+        ("evaluate.json", ["model.onnx", "50", "71.25", "57.5 to 81.9", "90.50", "100.00", "92.9 to 100.0", "0.0123"]),
         ("bench.json", ["model.onnx", "8", "4.25", "5.50", "1882.4", "1.00"]),
         ("latency.json", ["8", "2 to 7"]),
         ("images.safetensors", ["3 of 3 x 8 x 8, without labels"]),

@@ -22,11 +22,11 @@ from scipy.stats import binomtest
 from vitq import checkpoint
 from vitq.artifacts import load_plan, load_profile
 from vitq.images import open_images
+from vitq.intervals import wilson
 from vitq.models import load
 from vitq.ranges import BINS
 from vitq.report import close_ups
 from vitq.report.findings import Bars
-from vitq.report.intervals import wilson
 from vitq.report.pictures import Axis, outline
 from vitq.rewrites import prepare
 

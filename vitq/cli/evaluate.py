@@ -25,6 +25,7 @@ from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
+from vitq.intervals import COUNTED, wilson
 from vitq.whole import locked
 
 if TYPE_CHECKING:
@@ -261,11 +262,15 @@ def _refuse_unmeasurable(gates: Mapping[str, float], num_classes: int, labelled:
 def _lines(found: "Evaluation") -> list[str]:
     lines = []
     for name, unit in _UNITS.items():
-        if (estimate := getattr(found, name)) is not None:
-            lines.append(
-                f"  {name.replace('_', ' '):<15}{estimate.mean:>+10.4g}" if name == "top1_change" else f"  {name:<15}{estimate.mean:>10.4g}"
-            )
-            lines[-1] += f" ± {estimate.margin:.2g} {unit}".rstrip()
+        if (estimate := getattr(found, name)) is None:
+            continue
+        value = f"{estimate.mean:>+10.4g}" if name == "top1_change" else f"{estimate.mean:>10.4g}"
+        if name in COUNTED:
+            low, high = wilson(estimate.mean, found.num_images)
+            sure = f"{unit} ({low:.1f} to {high:.1f})"
+        else:
+            sure = f"± {estimate.margin:.2g} {unit}".rstrip()
+        lines.append(f"  {name.replace('_', ' '):<15}{value} {sure}")
     return lines
 
 

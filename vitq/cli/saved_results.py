@@ -8,6 +8,7 @@ from vitq.cli.bench import bench_tables
 from vitq.cli.chain import BENCH, EVALUATION
 from vitq.cli.layer_table import plain_table
 from vitq.errors import InputError
+from vitq.intervals import COUNTED, wilson
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,14 +53,22 @@ def saved_result(path: Path) -> "tuple[str, dict[str, Any], list[Table]] | None"
 
 
 def evaluation_table(evaluated: "Mapping[str, Evaluated]") -> "Table":
-    """A row an artifact, a column a measure that any has."""
+    """A row an artifact, a column a measure that any has, counted shares over their 95 % intervals."""
     known = {name: title for name, title in _MEASURES.items() if any(getattr(entry, name) is not None for entry in evaluated.values())}
-    rows = []
-    for artifact, entry in evaluated.items():
-        values = (getattr(entry, name) for name in known)
-        digits = (2 if title.endswith("%") else 4 for title in known.values())
-        rows.append((artifact, str(entry.num_images), *("-" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True))))
+    rows = [
+        (artifact, str(entry.num_images), *(_measure(name, getattr(entry, name), entry.num_images) for name in known))
+        for artifact, entry in evaluated.items()
+    ]
     return plain_table(("evaluated", "images", *known.values()), rows)
+
+
+def _measure(name: str, value: float | None, num_images: int) -> str:
+    if value is None:
+        return "-"
+    if name not in COUNTED:
+        return f"{value:.4f}"
+    low, high = wilson(value, num_images)
+    return f"{value:.2f}\n{low:.1f} to {high:.1f}"
 
 
 def _read(path: Path, kind: Any, command: str) -> Any:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitq.intervals import wilson
 from vitq.report import pictures
 from vitq.report.bit_map import sums
 from vitq.report.findings import Evaluated, Findings, Lacking, Timed
-from vitq.report.intervals import wilson
 
 _BASELINES = ("float32", "quantize_dynamic", "quantize_static")
 
