@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from sphinx.application import Sphinx
 
-from vitq.artifacts import write_whole
 from vitq.cli.app import app as vitq
+from vitq.whole import write_whole
 
 HERE = Path(__file__).parent
 READ_ON = {

@@ -8,21 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitq.artifacts import (
-    BitPlan,
-    CostTable,
-    Layer,
-    LayerBits,
-    ModelSpec,
-    Operand,
-    Profile,
-    dump,
-    load_plan,
-    load_profile,
-    save,
-    write_whole,
-)
+from vitq.artifacts import BitPlan, CostTable, Layer, LayerBits, ModelSpec, Operand, Profile, dump, load_plan, load_profile, save
 from vitq.errors import InputError, UsageError
+from vitq.whole import write_whole
 
 SPEC = ModelSpec(
     architecture="vit_tiny", num_classes=10, data_config={"mean": [0.5, 0.25, 0.1]}, label_names=("cat", "größer"), graph_digest="ab"

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vitq.affine import QuantizedWeight, weight_codes
-from vitq.artifacts import BitPlan, Layer, ModelSpec, refuse_existing, refuse_missing, write_whole
+from vitq.artifacts import BitPlan, Layer, ModelSpec
 from vitq.errors import InputError
 from vitq.fakequant import fake_quantize
 from vitq.graph import Graph, assign, capture, copy
 from vitq.models import LARGEST, build
 from vitq.quantizers import Quantizer, from_json, to_json
 from vitq.rewrites import fold_layernorms, rewrite
+from vitq.whole import refuse_existing, refuse_missing, write_whole
 
 FORMAT = "vitq-checkpoint/1"
 _CODES, _SCALE, _ZERO_POINT = "codes:", "scale:", "zero_point:"

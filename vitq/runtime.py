@@ -11,9 +11,9 @@ from typing import Any
 
 import onnxruntime
 
-from vitq.artifacts import refuse_missing
 from vitq.errors import InputError
 from vitq.processor import processor
+from vitq.whole import refuse_missing
 
 PROVIDER = "CPUExecutionProvider"
 OPTIMISATION = "ORT_ENABLE_ALL"

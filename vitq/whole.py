@@ -12,10 +12,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vitq.errors import InputError, UsageError
 
 try:
     import fcntl
@@ -37,6 +42,49 @@ _REMEDIES = {
     errno.EIO: "look after the disk",
     errno.EMFILE: "allow more open files (ulimit -n)",
 }
+
+
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` fill a temporary file beside `path`, then renames it, so that no half-written file is ever seen.
+
+    Raises:
+        UsageError: the path is a folder, a device or a pipe.
+        InputError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        refuse_existing(path, force=True)
+        with unfinished(path) as temporary:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from None
+
+
+def refuse_existing(path: str | Path, force: bool) -> None:
+    """Raises UsageError where `path` exists and `force` is not set, and where it is no file that could be replaced."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give -o a file to write")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a device or a pipe, which is not replaced; give -o a file to write")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already; give --force to replace it or -o to write elsewhere")
+
+
+def refuse_missing(path: str | Path, made_by: str) -> None:
+    """Raises InputError where there is no file `path`, which the command `made_by` writes."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder; give the file that `{made_by}` writes")
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; `{made_by}` writes it")
+
+
+def cannot_write(path: str | Path, error: Exception, otherwise: str = "choose another place with -o or --run-dir") -> InputError:
+    """The fault of a file that cannot be written: what the system refused, and what to do about it."""
+    reason, remedy = refusal(error) or ((getattr(error, "strerror", None) or str(error)), "")
+    return InputError(f"cannot write {path}: {reason}; {remedy}{', or ' if remedy else ''}{otherwise}")
 
 
 def refusal(error: Exception) -> tuple[str, str] | None:
@@ -94,6 +142,12 @@ def lock(handle: int, wait: bool) -> bool:
     except OSError:
         return False
     return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _made(parent: Path, start: str, folder: bool) -> tuple[Path, int]:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq.artifacts import write_whole
 from vitq.errors import InputError
 from vitq.graph import Graph, capture
 from vitq.models import LoadedModel
+from vitq.whole import write_whole
 
 OPSET = 21
 BASELINES = ("float32", "quantize_dynamic", "quantize_static")

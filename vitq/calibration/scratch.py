@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitq.artifacts import cannot_write, write_whole
 from vitq.errors import InputError
-from vitq.whole import lock, locked
+from vitq.whole import cannot_write, lock, locked, write_whole
 
 _OWNER = "calibration.txt"
 

@@ -239,7 +239,7 @@ def _write_staircase(
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes the staircase and its picture; (the staircase, what to say)."""
     from vitq.allocation import as_json, draw, pareto
-    from vitq.artifacts import refuse_existing, write_whole
+    from vitq.whole import refuse_existing, write_whole
 
     if path.suffix != ".json":
         raise UsageError(f"--pareto {path}: the staircase is JSON; give a name that ends in .json, its plot lands beside it as .svg")

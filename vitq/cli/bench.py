@@ -73,10 +73,10 @@ def bench(
         return
     files = files or [folder / ONNX]
     named = {str(file): file for file in files}
-    from vitq.artifacts import write_whole
     from vitq.bench import compare, footprint
     from vitq.bench.latency import input_shape
     from vitq.runtime import open_session
+    from vitq.whole import write_whole
 
     with ExitStack() as stack:
         measured = dict(named)

@@ -170,7 +170,7 @@ def refuse_missing_sources(model: str | None, images: str | None, arch: str | No
 
 def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
     """Raises InputError, before an output is refused or anything is loaded, where there is no such file or MODEL."""
-    from vitq.artifacts import refuse_missing
+    from vitq.whole import refuse_missing
 
     if (suffix := Path(artifact).suffix) in (".onnx", ".json"):
         refuse_missing(artifact, "vitq export" if suffix == ".onnx" else "vitq profile MODEL --images PATH")
@@ -180,7 +180,7 @@ def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
 
 def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Path:
     """Where to write; raises UsageError, before anything is computed, where that exists and `force` is not set."""
-    from vitq.artifacts import refuse_existing
+    from vitq.whole import refuse_existing
 
     path = output or folder / name
     refuse_existing(path, force)
@@ -190,7 +190,7 @@ def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Pa
 
 def refuse_unwritable(path: Path) -> None:
     """Raises InputError, before anything is computed, where a path lies below a file or in a folder that cannot be written to."""
-    from vitq.artifacts import cannot_write
+    from vitq.whole import cannot_write
 
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():

@@ -143,8 +143,8 @@ def _with_latencies(rows: Sequence[_Row], model: "LoadedModel", test: "Images") 
 def _report(found: "Profile", rows: Sequence[_Row], model: "LoadedModel", run_dir: Path) -> Path:
     """Leaves the staircase and all rows' results in the mixed plan's folder, as commands would, and shows the folder on a page."""
     from vitq.allocation import as_json, pareto
-    from vitq.artifacts import write_whole
     from vitq.bench import Row
+    from vitq.whole import write_whole
 
     write_whole(run_dir / STAIRCASE, lambda temporary: temporary.write_text(as_json(pareto(found)), encoding="utf-8"))
     timed = []

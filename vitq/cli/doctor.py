@@ -35,8 +35,8 @@ def doctor(
     if output is not None:
         output_path(output, Path(), "", force)
     terminal.note("doctor: a tiny transformer in every form ...")
-    from vitq.artifacts import write_whole
     from vitq.doctor import PATTERNS, try_forms, versions
+    from vitq.whole import write_whole
 
     with terminal.waiting("try every form"):
         forms, machine = try_forms(), processor()

@@ -173,7 +173,7 @@ def save_result(document: dict[str, Any], folder: Path, name: str) -> None:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    from vitq.artifacts import write_whole
+    from vitq.whole import write_whole
 
     write_whole(path, lambda temporary: temporary.write_text(json_text(document), encoding="utf-8"))
 

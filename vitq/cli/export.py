@@ -63,7 +63,7 @@ def export(
 ) -> None:
     """Write an ONNX file that onnxruntime runs with integer kernels, and verify it."""
     terminal = Terminal(quiet, verbose, as_json)
-    from vitq.artifacts import refuse_existing, refuse_missing, write_whole
+    from vitq.whole import refuse_existing, refuse_missing, write_whole
 
     folder = run_folder(run_dir, checkpoint)
     source = checkpoint or folder / CHECKPOINT

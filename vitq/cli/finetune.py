@@ -89,8 +89,9 @@ def finetune(
 ) -> None:
     """Train a calibrated model on images, to say what the float model says."""
     started = time.perf_counter()
-    from vitq.artifacts import load_plan, write_whole
+    from vitq.artifacts import load_plan
     from vitq.cli.sources import ImageSource
+    from vitq.whole import write_whole
 
     folder = run_folder(run_dir, plan)
     source = plan or folder / PLAN

@@ -100,8 +100,8 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
     Raises:
         InputError: an artifact is damaged, or the file cannot be written.
     """
-    from vitq.artifacts import write_whole
     from vitq.report import page
+    from vitq.whole import write_whole
 
     found = _with_close_ups(_read(folder), folder, model, images)
     html, sections, lacking = page(found)

@@ -45,7 +45,7 @@ def show(
 ) -> None:
     """Show a model's layers, or what a file holds."""
     terminal = Terminal(quiet, verbose, as_json)
-    from vitq.artifacts import write_whole
+    from vitq.whole import write_whole
 
     refuse_missing_artifact(artifact, arch)
     if output is not None:

@@ -58,13 +58,13 @@ def synthesize(
         output_path(preview, Path(), "", force or dry_run)
     loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
-    from vitq.artifacts import refuse_existing
     from vitq.calibration import discard
     from vitq.cli.sources import ModelSource
     from vitq.images import write_png
     from vitq.models import load
     from vitq.synthesize import framed, save, sheet
     from vitq.synthesize import synthesize as make
+    from vitq.whole import refuse_existing
 
     started = time.perf_counter()
     with terminal.waiting("load the model"):

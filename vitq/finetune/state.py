@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitq.artifacts import write_whole
 from vitq.errors import InputError, UsageError
 from vitq.finetune.schedule import Schedule
+from vitq.whole import write_whole
 
 FORMAT = "vitq-finetuning/1"
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from vitq.artifacts import cannot_write
 from vitq.errors import InputError
-from vitq.whole import lock
+from vitq.whole import cannot_write, lock
 
 FORMAT = "vitq-journal/1"
 

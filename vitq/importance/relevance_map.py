@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq.artifacts import refuse_existing
 from vitq.errors import InputError
 from vitq.images import read_image, write_png
 from vitq.importance.lrp import start_at
@@ -21,6 +20,7 @@ from vitq.importance.relevance import RULES, propagate
 from vitq.importance.subject import MetricOptions
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
+from vitq.whole import refuse_existing
 
 _SQUARES = 28  # along the shorter side; smaller squares show the rules' grain more than the image's parts
 _SHOWN = 224  # pixels of the shorter side at least: smaller images are enlarged by a whole number

@@ -13,7 +13,6 @@ from pathlib import Path
 import onnx
 from torch import Tensor
 
-from vitq.artifacts import refuse_existing
 from vitq.checkpoint import Checkpoint
 from vitq.errors import UsageError
 from vitq.onnx_file.factors import fold_numbers
@@ -26,6 +25,7 @@ from vitq.onnx_file.storage import STORAGES, Storage, is_symmetric, stored_bytes
 from vitq.onnx_file.trace import OPSET, OPSETS, trace_graph
 from vitq.onnx_file.verify import verify_file
 from vitq.runtime import INT8_ALLOWED
+from vitq.whole import refuse_existing
 
 __all__ = ["ExportReport", "Storage", "export", "stored_bytes"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import onnx
 
-from vitq.artifacts import refuse_missing
 from vitq.errors import InputError
 from vitq.onnx_file.file import load_file
+from vitq.whole import refuse_missing
 
 DIGEST, DIGESTS = "vitq.digest", "vitq.digests"
 _CHARACTERS = 8  # of base64: six bytes

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from vitq.artifacts import cannot_write
-from vitq.whole import unfinished
+from vitq.whole import cannot_write, unfinished
 
 LARGEST = 2**31 - 2**24
 """Bytes of tensors that a file of one part holds; protobuf's limit is 2^31 for all of it."""

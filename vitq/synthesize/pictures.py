@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitq.artifacts import refuse_existing, write_whole
+from vitq.whole import refuse_existing, write_whole
 
 _SHEET_SIDE = 96  # pixels that a picture of the sheet has at least
 _GAP = 2
