@@ -23,7 +23,7 @@ FLOORS = (
     ("errors", "choices"),
     ("whole",),
     ("artifacts",),
-    ("affine", "grid", "images", "intervals", "latency", "moments", "processor", "units", "weights"),
+    ("affine", "grid", "images", "intervals", "latency", "moments", "preparation", "processor", "units", "weights"),
     ("augmented", "models", "graph", "quantizers", "runtime"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
@@ -51,7 +51,8 @@ LIBRARIES = {
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
-    "torch": set(FLOOR) - {"errors", "choices", "artifacts", "grid", "intervals", "latency", "processor", "units", "allocation"},
+    "torch": set(FLOOR)
+    - {"errors", "choices", "artifacts", "grid", "intervals", "latency", "preparation", "processor", "units", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.

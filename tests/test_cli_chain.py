@@ -17,11 +17,12 @@ from huggingface_hub import ModelCard
 
 import vitq as vitq_package
 from vitq import checkpoint
-from vitq.accuracy import onnx_metadata, onnx_runnable
+from vitq.accuracy import onnx_runnable
 from vitq.artifacts import load_plan, load_profile, save
 from vitq.errors import UsageError
 from vitq.images import open_images, read_image
 from vitq.models import load
+from vitq.runtime import onnx_metadata
 
 
 @pytest.fixture(scope="module")

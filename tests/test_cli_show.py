@@ -3,12 +3,14 @@
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from allocation_problems import deit, make_latencies, make_profile, make_table
-from cli_session import vitq
+from cli_session import environment, vitq
 from safetensors.torch import save_file
 
 from vitq.allocation import allocate
@@ -119,3 +121,20 @@ def test_a_map_of_costs_shows_each_layers_part(found: Profile, capsys: pytest.Ca
     for layer in (layer for layer in LAYERS if layer.block.startswith("blocks.")):
         percent = 100 * costs[layer.name] / sum(costs.values())
         assert laid[layer.block][layer.type] == ("." if percent < 0.5 else f"{percent:.0f}")
+
+
+def test_files_that_need_no_model_are_shown_without_torch(run: Path):
+    """Loading it takes seconds. One process shows them all."""
+    names = ["evaluate.json", "bench.json", "latency.json", "images.safetensors", "profile.json", "plan.json", "gone.onnx"]
+    code = f"""
+import sys
+from vitq.cli.app import main
+for name in {names}:
+    try:
+        main(["show", name])
+    except SystemExit as ended:
+        print(name, ended.code, "torch" in sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=run, env=environment(), capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if line.endswith(("True", "False"))]
+    assert said == [f"{name} 0 False" for name in names[:-1]] + ["gone.onnx 3 False"], done.stderr

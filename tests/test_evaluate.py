@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitq.accuracy import Estimate, Evaluation, evaluate, onnx_metadata, onnx_runnable
+from vitq.accuracy import Estimate, Evaluation, evaluate, onnx_runnable
 from vitq.cli.evaluate import _lines
 from vitq.errors import InputError
+from vitq.runtime import onnx_metadata
 
 FLOAT = onnx.TensorProto.FLOAT
 

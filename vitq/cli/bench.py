@@ -20,9 +20,9 @@ from vitq.units import in_units
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vitq.artifacts.results import Timed
     from vitq.bench import Row
     from vitq.latency import LatencyTable
-    from vitq.report.findings import Timed
 
 CALIBRATION_IMAGES = 8
 """Images that onnxruntime's quantize_static looks at; its speed does not depend on them."""
@@ -153,8 +153,8 @@ def usable_cores() -> int:
 
 def _baselines(file: Path, folder: Path, reference: str | None, images: str | None, into: Path) -> dict[str, Path]:
     """The baselines of the model that a file was made from, or of the one that is given."""
-    from vitq.accuracy import onnx_metadata
     from vitq.bench import write_baselines
+    from vitq.runtime import onnx_metadata
 
     made_from = onnx_metadata(file).get("vitq.made_from")
     made_from = made_from if isinstance(made_from, dict) else {}

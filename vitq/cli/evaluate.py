@@ -195,8 +195,9 @@ def _verified(artifact: str) -> dict[str, Any]:
 
 def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
     from vitq import checkpoint
-    from vitq.accuracy import onnx_metadata, onnx_runnable
+    from vitq.accuracy import onnx_runnable
     from vitq.models import load
+    from vitq.runtime import onnx_metadata
 
     path = Path(artifact)
     if path.is_file() and path.suffix in (".json", ".html"):

@@ -53,8 +53,8 @@ def made_by_another(digest: str | None, source: str) -> str | None:
     path = Path(source)
     if digest is None or not path.is_file() or path.suffix != ".safetensors":
         return None
-    from vitq.synthesize import describe
+    from vitq.artifacts.images import describe_images
 
-    found = describe(path)
+    found = describe_images(path)
     model = found["made_from"].get("model", {}) if found else {}
     return str(model.get("source")) if model.get("digest", digest) != digest else None

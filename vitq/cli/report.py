@@ -115,11 +115,11 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
 def _read(folder: Path) -> "Findings":
     """Everything but the close-ups, which need the model."""
     from vitq import checkpoint
-    from vitq.accuracy import onnx_metadata
     from vitq.artifacts import load_plan, load_profile
+    from vitq.artifacts.images import describe_images
     from vitq.latency import load_latency_table
     from vitq.report import File, Findings
-    from vitq.synthesize import describe
+    from vitq.runtime import onnx_metadata
 
     present = {name for name in _FILES if (folder / name).is_file()}
     profile = load_profile(folder / PROFILE) if PROFILE in present else None
@@ -144,7 +144,7 @@ def _read(folder: Path) -> "Findings":
     if profile and latencies and latencies.graph_digest != profile.model.graph_digest:
         remarks.append(f"{LATENCY} is of another model, and was left aside; run `{in_run('vitq bench --layers', folder)}` again")
         latencies = None
-    synthetic = describe(folder / IMAGES) if IMAGES in present else None
+    synthetic = describe_images(folder / IMAGES) if IMAGES in present else None
     said = {
         IMAGES: synthetic["made_from"] if synthetic else {},
         PROFILE: profile.made_from if profile else {},

@@ -46,9 +46,9 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
     plan = load_plan(folder / PLAN) if (folder / PLAN).is_file() else None
     found: list[tuple[str, str, str | None]] = []
     if (folder / IMAGES).is_file():
-        from vitq.synthesize import describe
+        from vitq.artifacts.images import describe_images
 
-        images = describe(folder / IMAGES)
+        images = describe_images(folder / IMAGES)
         found.append((IMAGES, f"{images['num_images']} images" if images else "images that cannot be read", None))
     if profile:
         found.append((PROFILE, f"{profile.model.architecture}, {len(profile.layers)} layers, costs by {', '.join(profile.costs)}", None))
@@ -133,7 +133,7 @@ def _stale_checkpoint(
 
 
 def _stale_onnx(path: Path, calibrated: "BitPlan", made_from: dict[str, Any]) -> str | None:
-    from vitq.accuracy import onnx_metadata
+    from vitq.runtime import onnx_metadata
 
     metadata = onnx_metadata(path)
     bits = {entry.name: [entry.weight_bits, entry.activation_bits] for entry in calibrated.layers}

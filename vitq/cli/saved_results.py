@@ -13,7 +13,7 @@ from vitq.intervals import COUNTED, wilson
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vitq.report import Benchmark, Evaluated
+    from vitq.artifacts.results import Benchmark, Evaluated
 
 _MEASURES = {
     "top1": "top-1 %",
@@ -27,14 +27,14 @@ _MEASURES = {
 
 def read_evaluations(path: Path) -> "dict[str, Evaluated]":
     """What was evaluated, by name; raises InputError where the file is damaged."""
-    from vitq.report import Evaluated
+    from vitq.artifacts.results import Evaluated
 
     return _read(path, dict[str, Evaluated], "vitq evaluate")
 
 
 def read_benchmark(path: Path) -> "Benchmark":
     """What was timed; raises InputError where the file is damaged."""
-    from vitq.report import Benchmark
+    from vitq.artifacts.results import Benchmark
 
     return _read(path, Benchmark, "vitq bench")
 

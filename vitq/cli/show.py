@@ -105,10 +105,10 @@ def _read(artifact: str, loading: "LoadingOptions") -> Shown:
         return Shown({"kind": "run folder", "files": rows}, [], tables=[folder_table(rows), *map(_filled, stale)])
     if path.suffix == ".safetensors" and (images := _images(path)) is not None:
         return images
-    from vitq import checkpoint
-
     if path.suffix == ".onnx":
         return _read_onnx(path)
+    from vitq import checkpoint
+
     if path.is_file() and checkpoint.is_checkpoint(path):
         found = checkpoint.load(path)
         rows = [row | found.errors.get(row["name"], {}) for row in layer_rows(found.graph.layers, found.plan.bits)]
@@ -162,9 +162,9 @@ def _latency_lines(table: "LatencyTable") -> list[str]:
 
 def _images(path: Path) -> Shown | None:
     """What an images.safetensors holds; None for any other file."""
-    from vitq.synthesize import describe
+    from vitq.artifacts.images import describe_images
 
-    found = describe(path)
+    found = describe_images(path)
     if found is None:
         return None
     size = " x ".join(map(str, found["shape"]))
@@ -179,7 +179,7 @@ def _images(path: Path) -> Shown | None:
 
 
 def _read_onnx(path: Path) -> Shown:
-    from vitq.accuracy import onnx_metadata
+    from vitq.runtime import onnx_metadata
 
     metadata = {name.removeprefix("vitq."): value for name, value in onnx_metadata(path).items() if name.startswith("vitq.")}
     metadata.pop("digests", None)  # for evaluate --verify
@@ -215,7 +215,7 @@ def _head(kind: str, spec: "ModelSpec", made_from: Any) -> dict[str, Any]:
 
 
 def _lines(found: Shown) -> list[str]:
-    from vitq.images import describe
+    from vitq.preparation import describe
 
     head, rows = found.head, found.rows
     size = f", {in_units(head['file_bytes'], 'B')}" if "file_bytes" in head else ""

@@ -39,7 +39,7 @@ class Terminal:
 
     def preprocessing(self, data_config: dict[str, Any], known: dict[str, Any] | None = None) -> None:
         """How images are prepared; where that is as `known`, said before, a detail."""
-        from vitq.images import describe
+        from vitq.preparation import describe
 
         (self.detail if data_config == known else self.note)(f"preprocessing: {describe(data_config)}")
 

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from vitq.errors import InputError
 from vitq.images.pictures import Items, collate, read_file, read_row, write_png
-from vitq.images.preprocessing import describe, mode_of, scale_of, transform_of
+from vitq.images.preprocessing import mode_of, scale_of, transform_of
 from vitq.images.sources import Entry, folder_entries, labels_of, row_entries, tar_entries
 
-__all__ = ["Batch", "Images", "describe", "open_images", "read_image", "refuse_missing", "write_png"]
+__all__ = ["Batch", "Images", "open_images", "read_image", "refuse_missing", "write_png"]
 
 MAX_BAD = 0.05
 """The largest share of the listed images that may be unreadable."""
