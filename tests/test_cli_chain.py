@@ -1,5 +1,6 @@
 """The commands on a tiny model: four bare ones after each other, what they remember, what they print, and `show` and `evaluate`."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -69,6 +70,7 @@ def test_evaluate_equals_a_computation_by_hand(session: Path):
         kl += (wanted.softmax(1) * (wanted.log_softmax(1) - given.log_softmax(1))).sum(1).tolist()
     found = done.document
     assert found["num_images"] == NUM_IMAGES
+    assert found["digest"] == hashlib.sha256((session / "vitq-run" / "model.onnx").read_bytes()).hexdigest()
     assert found["top1"] == pytest.approx(100 * np.mean(right))
     assert found["agreement"] == pytest.approx(100 * np.mean(agreeing))
     assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
@@ -165,7 +167,7 @@ def test_unlabelled_images_have_no_top1(session: Path):
     for path in (session / "images").rglob("*.png"):
         shutil.copy(path, flat)
     found = vitq("evaluate", "vitq-run/model.onnx", "--images", "flat", "--json", folder=session)
-    assert set(found.document) == {"num_images", "agreement", "agreement_margin", "kl", "kl_margin"}
+    assert set(found.document) == {"num_images", "digest", "agreement", "agreement_margin", "kl", "kl_margin"}
     shutil.rmtree(session / "images" / "class0")  # labels would mean other classes than the model's
     found = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", folder=session)
     assert "top1" not in found.document and "has no labels of the model's 5 classes" in found.err
@@ -295,7 +297,7 @@ def test_a_backbone_from_a_weights_file_alone(session: Path):
         done = vitq(*command, "--run-dir", "r", folder=session)
         assert done.code == 0, done.err
     found = vitq("evaluate", "r/model.onnx", "--images", "images", "--json", folder=session).document
-    assert set(found) == {"num_images", "cosine", "cosine_margin", "relative_error", "relative_error_margin"}
+    assert set(found) == {"num_images", "digest", "cosine", "cosine_margin", "relative_error", "relative_error_margin"}
     assert found["cosine"] > 0.99
 
 

@@ -1,6 +1,8 @@
 """`vitq show` of saved results, latency tables and images, at any width, and the small maps that allocate and profile end with."""
 
+import hashlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from vitq.allocation import allocate
 from vitq.artifacts import WIDTHS, Profile, save
 from vitq.cli.layer_table import layer_rows, layer_table
+from vitq.cli.run_folder import _results
 
 LAYERS = [layer.model_copy(update={"block": re.sub(r"\.(attn|mlp)$", "", layer.block)}) for layer in deit(blocks=3)]
 
@@ -138,3 +141,31 @@ for name in {names}:
     done = subprocess.run([sys.executable, "-c", code], cwd=run, env=environment(), capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if line.endswith(("True", "False"))]
     assert said == [f"{name} 0 False" for name in names[:-1]] + ["gone.onnx 3 False"], done.stderr
+
+
+def test_a_result_is_stale_where_the_file_beside_it_is_another(run: Path):
+    """By the sha256 of what was measured, whatever the files' times; of results without one, by their times."""
+    file, bench = run / "model.onnx", json.loads((run / "bench.json").read_text())
+
+    def results(digest: str | None) -> None:
+        known = {} if digest is None else {"digest": digest}
+        (run / "evaluate.json").write_text(json.dumps({"model.onnx": {"num_images": 50} | known, "gone.onnx": {"num_images": 7} | known}))
+        loaded = {"name": "run/model.onnx", "file_bytes": 1, "load_ms": 1.0} | known
+        (run / "bench.json").write_text(json.dumps(bench | {"files": [loaded, loaded | {"name": "float32"}]}))
+
+    def stale() -> dict[str, str | None]:
+        return {name: what for name, _, what in _results(run) if name in ("evaluate.json", "bench.json")}
+
+    results(hashlib.sha256(b"one").hexdigest())
+    assert set(stale().values()) == {None}  # nothing beside them
+    file.write_bytes(b"one")
+    os.utime(file, (2e9, 2e9))
+    assert set(stale().values()) == {None}
+    file.write_bytes(b"another")
+    os.utime(file, (1e9, 1e9))
+    again = {"evaluate.json": f"`vitq evaluate {file} --images PATH`", "bench.json": f"`vitq bench {file}`"}
+    assert stale() == {name: f"measured on another model.onnx than the one beside it; run {how} again" for name, how in again.items()}
+    results(None)
+    assert set(stale().values()) == {None}
+    os.utime(file, (2e9, 2e9))
+    assert stale() == {name: f"written before model.onnx, and may be of an earlier one; run {how} again" for name, how in again.items()}

@@ -17,10 +17,12 @@ class Result(BaseModel):
 class Evaluated(Result):
     """One artifact's entry in evaluate.json: means over `num_images` images, and the half widths of their 95 % intervals.
 
+    `digest` is the sha256 of the file that was evaluated (of a MODEL, `LoadedModel.digest`); files of older versions have none.
     Percent, percentage points (`top1_change`, against the float model) and nats per image (`kl`); None where it was not measured.
     """
 
     num_images: int = Field(ge=1)
+    digest: str | None = None
     top1: Percent | None = None
     top5: Percent | None = None
     top1_change: float | None = None
@@ -45,9 +47,10 @@ class Timed(Result):
 
 
 class Loaded(Result):
-    """What loading a file took, in bench.json."""
+    """What loading a file took, in bench.json; `digest` is its sha256, which files of older versions lack."""
 
     name: str
+    digest: str | None = None
     file_bytes: int
     load_ms: float
     peak_memory_bytes: int | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import options
-from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, in_folder, output_path, run_folder
+from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, file_digest, in_folder, output_path, run_folder
 from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
@@ -98,8 +98,8 @@ def bench(
             for done, (name, file) in enumerate(measured.items()):
                 progress(done, len(measured), name)
                 footprints[name] = footprint(file, shapes[name], threads)
-        sizes = {name: file.stat().st_size for name, file in measured.items()}
-    loaded = [{"name": name, "batch": batches[0], "file_bytes": sizes[name], **asdict(found)} for name, found in footprints.items()]
+        known = {name: {"digest": file_digest(file), "file_bytes": file.stat().st_size} for name, file in measured.items()}
+    loaded = [{"name": name, "batch": batches[0], **known[name], **asdict(found)} for name, found in footprints.items()]
     document = {"results": [asdict(row) for row in rows], "files": loaded}
     path = output or (folder / BENCH if (folder / PROFILE).is_file() else None)
     if path is not None:

@@ -16,6 +16,7 @@ from vitq.cli.chain import (
     PROFILE,
     REPORT,
     Memory,
+    file_digest,
     in_folder,
     output_path,
     refuse_missing_artifact,
@@ -116,7 +117,7 @@ def evaluate(
         return
     with terminal.watching(opened, "evaluate"):
         found = measured(opened)
-    document = flat(found) | verified
+    document = flat(found) | {"digest": subject.digest} | verified
     folder = run_dir or subject.folder
     saved = folder if output is None and folder is not None and (folder / PROFILE).is_file() else None
     if output is not None:
@@ -135,9 +136,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a function from images to the output, how to feed it, and what it remembers of its float model."""
+    """What is evaluated: its sha256, a function from images to the output, how to feed it, and what it says of its float model."""
 
     name: str
+    digest: str
     runnable: "Callable[[Tensor], Tensor]"
     data_config: dict[str, Any]
     num_classes: int
@@ -210,14 +212,17 @@ def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
         labels, made_from = metadata.get("vitq.label_names"), metadata.get("vitq.made_from")
         labels = tuple(labels) if isinstance(labels, list) else ()
         made_from = made_from if isinstance(made_from, dict) else {}
-        return Subject(path.name, onnx_runnable(path), preprocessing, classes, labels, path.parent, made_from)
+        return Subject(path.name, file_digest(path), onnx_runnable(path), preprocessing, classes, labels, path.parent, made_from)
     if path.is_file() and checkpoint.is_checkpoint(path):
         found = checkpoint.load(path)
         spec, runnable = found.plan.model, on_device(found.quantized_module(), device)
-        return Subject(path.name, runnable, spec.data_config, spec.num_classes, spec.label_names, path.parent, found.made_from)
+        return Subject(
+            path.name, file_digest(path), runnable, spec.data_config, spec.num_classes, spec.label_names, path.parent, found.made_from
+        )
     model = load(artifact, **loading.model_dump())
     made_from = {"model": {"source": artifact, "digest": model.digest}}
-    return Subject(artifact, on_device(model.module, device), model.data_config, model.num_classes, model.label_names, None, made_from)
+    runnable = on_device(model.module, device)
+    return Subject(artifact, model.digest, runnable, model.data_config, model.num_classes, model.label_names, None, made_from)
 
 
 def _reference(subject: Subject, given: str | None, loading: "LoadingOptions", run_dir: Path | None) -> "LoadedModel | None":

@@ -1,6 +1,5 @@
 """`vitq report`: whatever a run folder holds, as one self-contained HTML file, report.html."""
 
-import hashlib
 import shlex
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from vitq.cli.chain import (
     REPORT,
     Memory,
     Reading,
+    file_digest,
     in_run,
     output_path,
     refuse_missing_sources,
@@ -130,11 +130,6 @@ def _read(folder: Path) -> "Findings":
     latencies = load_latency_table(folder / LATENCY) if LATENCY in present else None
     staircase = find_staircase(folder)
     remarks = [f"{row['file']} was {row['stale']}" for row in read_folder(folder) if row["stale"]]
-    remarks += [
-        f"{name} is older than {ONNX}: what it says may be of an earlier file; run `{command}` again"
-        for name, command in ((EVALUATION, "vitq evaluate"), (BENCH, "vitq bench"))
-        if {name, ONNX} <= present and (folder / name).stat().st_mtime < (folder / ONNX).stat().st_mtime
-    ]
     chosen = calibrated or plan
     if profile and chosen and {entry.name for entry in chosen.layers} != {layer.name for layer in profile.layers}:
         remarks.append(f"{PROFILE} has other layers than the plan, and was left aside")
@@ -157,7 +152,7 @@ def _read(folder: Path) -> "Findings":
         folder=str(folder),
         option="" if folder == DEFAULT_FOLDER else f" --run-dir {shlex.quote(str(folder))}",
         files=tuple(
-            File(name, (folder / name).stat().st_size, _digest(folder / name), said.get(name, {}))
+            File(name, (folder / name).stat().st_size, file_digest(folder / name), said.get(name, {}))
             for name in (*_FILES, *([staircase[0]] if staircase else []))
             if name in present or name not in _FILES
         ),
@@ -176,11 +171,6 @@ def _read(folder: Path) -> "Findings":
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_close_ups(found: "Findings", folder: Path, model: str | None, images: str | None) -> "Findings":

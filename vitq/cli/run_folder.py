@@ -1,7 +1,8 @@
 """What a run folder holds, and which of its files were made from another file than the one that lies beside them."""
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from vitq.cli.chain import (
     PLAN,
     PROFILE,
     REPORT,
+    file_digest,
     from_another_profile,
     in_run,
     of_another_plan,
@@ -68,25 +70,47 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
             found.append((ONNX, "exported model", _stale_onnx(folder / ONNX, calibrated, made_from)))
     elif (folder / ONNX).is_file():
         found.append((ONNX, "exported model", None))
-    found += [(name, holds, None) for name, holds in _results(folder)]
+    found += _results(folder)
     return [{"file": name, "bytes": (folder / name).stat().st_size, "holds": holds, "stale": stale} for name, holds, stale in found]
 
 
-def _results(folder: Path) -> Iterator[tuple[str, str]]:
+def _results(folder: Path) -> Iterator[tuple[str, str, str | None]]:
     """What was measured, drawn and written for people."""
     from vitq.latency import load_latency_table
 
     if staircase := find_staircase(folder):
-        yield staircase[0], f"{len(staircase[1].plans)} plans, by {staircase[1].metric}"
+        yield staircase[0], f"{len(staircase[1].plans)} plans, by {staircase[1].metric}", None
     if (folder / EVALUATION).is_file():
-        yield EVALUATION, f"accuracy of {', '.join(read_evaluations(folder / EVALUATION))}"
+        evaluated = read_evaluations(folder / EVALUATION)
+        measured = [(name, {entry.digest}) for name, entry in evaluated.items()]
+        yield EVALUATION, f"accuracy of {', '.join(evaluated)}", _stale_result(folder / EVALUATION, measured, "evaluate", " --images PATH")
     if (folder / BENCH).is_file():
-        yield BENCH, f"latency of {', '.join(dict.fromkeys(row.name for row in read_benchmark(folder / BENCH).results))}"
+        timed = read_benchmark(folder / BENCH)
+        digests = {file.digest for file in timed.files if Path(file.name).name == ONNX}
+        holds = f"latency of {', '.join(dict.fromkeys(row.name for row in timed.results))}"
+        yield BENCH, holds, _stale_result(folder / BENCH, [(ONNX, digests)], "bench")
     if (folder / LATENCY).is_file():
         table = load_latency_table(folder / LATENCY)
-        yield LATENCY, f"latencies of {sum(len(timing.layers) for timing in table.timings) // 2} layers, batch {table.batch}"
+        yield LATENCY, f"latencies of {sum(len(timing.layers) for timing in table.timings) // 2} layers, batch {table.batch}", None
     if (folder / REPORT).is_file():
-        yield REPORT, "report"
+        yield REPORT, "report", None
+
+
+def _stale_result(result: Path, measured: Iterable[tuple[str, Set[str | None]]], command: str, options: str = "") -> str | None:
+    """What is wrong with measurements of files, each with its digests then, where one that lies beside them is another now.
+
+    Of results that name no digest, as earlier versions wrote them, the times of the files have to do.
+    """
+    beside = {file.name: file for file in result.parent.iterdir() if file.is_file()}
+    for name, digests in measured:
+        if (file := beside.get(name)) is None or not digests:
+            continue
+        again = f"run `vitq {command} {shlex.quote(str(file))}{options}` again"
+        if None not in digests and file_digest(file) not in digests:
+            return f"measured on another {name} than the one beside it; {again}"
+        if None in digests and result.stat().st_mtime < file.stat().st_mtime:
+            return f"written before {name}, and may be of an earlier one; {again}"
+    return None
 
 
 def find_staircase(folder: Path) -> "tuple[str, Staircase] | None":
