@@ -11,7 +11,7 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.bit_map import plan_map
-from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
+from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
@@ -110,6 +110,7 @@ def allocate(
     terminal = Terminal(quiet, verbose, as_json)
     if (refine or audit) and not budget:
         raise UsageError("--refine and --audit measure plans of one budget, and none was given; give --budget 4.0, or leave them out")
+    refuse_missing_sources(model, images)
     folder = run_folder(run_dir, profile)
     alone = pareto is not None and not budget and uniform is None
     if alone and output is not None:

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import options
-from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, file_digest, in_folder, output_path, run_folder
+from vitq.cli.chain import (
+    BENCH,
+    LATENCY,
+    ONNX,
+    PROFILE,
+    REPORT,
+    Memory,
+    Reading,
+    file_digest,
+    in_folder,
+    output_path,
+    refuse_missing_sources,
+    run_folder,
+)
 from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
@@ -61,6 +74,7 @@ def bench(
 ) -> None:
     """Measure latency, load time and memory of ONNX files, or of a model's layers."""
     terminal = Terminal(quiet, verbose, as_json)
+    refuse_missing_sources(reference, images)
     if output is not None:
         output_path(output, Path(), "", force)
     batches, threads = list(dict.fromkeys(batch or [1])), threads or usable_cores()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vitq.choices import BASELINES
 from vitq.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,11 @@ trainings = _from("finetune/training.py", "RECIPES")
 storages = _from("onnx_file/storage.py", "STORAGES")
 objectives = _from("allocation/objectives.py", "OBJECTIVES")
 presets = _from("allocation/presets.py", "PRESETS")
+
+
+def baselines(incomplete: str) -> list[str]:
+    """What the other layers run at while a layer's sensitivity is measured."""
+    return [name for name in BASELINES if name.startswith(incomplete)]
 
 
 def known(what: str, names: Callable[[str], list[str]]) -> Callable[[Any], Any]:

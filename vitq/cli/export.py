@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from vitq.choices import OPSETS
 from vitq.cli import completion, options
 from vitq.cli.chain import (
     CHECKPOINT,
@@ -46,7 +47,7 @@ def export(
         bool,
         typer.Option("--attention-int8", help="Keys and values as int8: faster in a session with the option that the file names."),
     ] = False,
-    opset: Annotated[int, typer.Option("--opset", help="Of ONNX, 21 to 25.")] = 21,
+    opset: Annotated[int, typer.Option("--opset", min=OPSETS[0], max=OPSETS[-1], help="Of ONNX.")] = 21,
     batch: Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="How many images the file takes at once.")] = "dynamic",
     card: Annotated[bool, typer.Option("--card", help="Also README.md beside the file: a model card.")] = False,
     dry_run: options.DryRun = False,

@@ -49,26 +49,35 @@ def finetune(
         ),
     ] = "lsq",
     max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", help="Time that all may take; the schedule is fitted to it.")
+        float | None,
+        typer.Option("--max-minutes", callback=options.above_zero, help="Time that all may take; the schedule is fitted to it."),
     ] = None,
-    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the images, if the time is enough.")] = 10.0,
-    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate of weights, in steps of their scale.")] = 0.005,
-    other_lrs: Annotated[float, typer.Option("--other-lrs", help="What the rates of all else that learns are multiplied with.")] = 1.0,
-    warmup: Annotated[float, typer.Option("--warmup", help="The part of the run in which rates rise.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's, of weights.")] = 0.0,
-    clip_grad: Annotated[float, typer.Option("--clip-grad", help="Largest norm of each kind's gradients; 0: any.")] = 0.0,
-    model_ema_decay: Annotated[float, typer.Option("--model-ema-decay", help="Keep moving averages of all that learns; 0: none.")] = 0.0,
-    soft: Annotated[float, typer.Option("--soft", help="Weight of the KL from the float model's output.")] = 1.0,
-    hard: Annotated[float, typer.Option("--hard", help="Weight of the labels' cross entropy.")] = 0.0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the soft loss.")] = 1.0,
-    min_scale: Annotated[float, typer.Option("--min-scale", help="The smallest part of a picture's area that is cropped.")] = 0.5,
-    hflip: Annotated[float, typer.Option("--hflip", help="How often a picture is mirrored.")] = 0.5,
-    color_jitter: Annotated[float, typer.Option("--color-jitter", help="How far colours change.")] = 0.0,
+    epochs: Annotated[
+        float, typer.Option("--epochs", callback=options.above_zero, help="Passes over the images, if the time is enough.")
+    ] = 10.0,
+    lr: Annotated[float, typer.Option("--lr", min=0, help="AdamW's rate of weights, in steps of their scale.")] = 0.005,
+    other_lrs: Annotated[
+        float, typer.Option("--other-lrs", min=0, help="What the rates of all else that learns are multiplied with.")
+    ] = 1.0,
+    warmup: Annotated[float, typer.Option("--warmup", min=0, max=1, help="The part of the run in which rates rise.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="AdamW's, of weights.")] = 0.0,
+    clip_grad: Annotated[float, typer.Option("--clip-grad", min=0, help="Largest norm of each kind's gradients; 0: any.")] = 0.0,
+    model_ema_decay: Annotated[
+        float, typer.Option("--model-ema-decay", min=0, max=1, help="Keep moving averages of all that learns; 0: none.")
+    ] = 0.0,
+    soft: Annotated[float, typer.Option("--soft", min=0, help="Weight of the KL from the float model's output.")] = 1.0,
+    hard: Annotated[float, typer.Option("--hard", min=0, help="Weight of the labels' cross entropy.")] = 0.0,
+    temperature: Annotated[float, typer.Option("--temperature", callback=options.above_zero, help="Of the soft loss.")] = 1.0,
+    min_scale: Annotated[
+        float, typer.Option("--min-scale", min=0, max=1, help="The smallest part of a picture's area that is cropped.")
+    ] = 0.5,
+    hflip: Annotated[float, typer.Option("--hflip", min=0, max=1, help="How often a picture is mirrored.")] = 0.5,
+    color_jitter: Annotated[float, typer.Option("--color-jitter", min=0, help="How far colours change.")] = 0.0,
     aa: Annotated[str | None, typer.Option("--aa", help="timm's AutoAugment or RandAugment policy, such as rand-m9-mstd0.5.")] = None,
-    reprob: Annotated[float, typer.Option("--reprob", help="How often a part of a picture is erased.")] = 0.0,
-    mixup: Annotated[float, typer.Option("--mixup", help="Alpha of mixing two pictures.")] = 0.0,
+    reprob: Annotated[float, typer.Option("--reprob", min=0, max=1, help="How often a part of a picture is erased.")] = 0.0,
+    mixup: Annotated[float, typer.Option("--mixup", min=0, help="Alpha of mixing two pictures.")] = 0.0,
     amp: Annotated[bool, typer.Option("--amp", help="Products in bfloat16.")] = False,
-    save_minutes: Annotated[float, typer.Option("--save-minutes", help="How often to keep what a killed run goes on from.")] = 5.0,
+    save_minutes: Annotated[float, typer.Option("--save-minutes", min=0, help="How often to keep what a killed run goes on from.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run, or start anew.")] = True,
     model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset. (default: all)")] = None,

@@ -22,8 +22,10 @@ MOST_WORKERS = 1024
 MOST_SEED = 2**32 - 1
 
 Arch = Annotated[str | None, typer.Option("--arch", help="timm architecture of a checkpoint that does not say.")]
-NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Classes of the head; 0 for a backbone. (default: the checkpoint's)")]
-ImgSize = Annotated[int | None, typer.Option("--img-size", help="Input height and width in pixels. (default: the checkpoint's)")]
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", min=0, help="Classes of the head; 0 for a backbone. (default: the checkpoint's)")
+]
+ImgSize = Annotated[int | None, typer.Option("--img-size", min=1, help="Input height and width in pixels. (default: the checkpoint's)")]
 ModelKwargs = Annotated[
     list[str] | None, typer.Option("--model-kwargs", help="key=value for timm.create_model; repeatable; values are JSON where they parse.")
 ]
@@ -59,14 +61,25 @@ UnusedDevice = Annotated[str, typer.Option("--device", hidden=True)]
 UnusedForce = Annotated[bool, typer.Option("--force", hidden=True)]
 
 
+def above_zero(option: typer.CallbackParam, value: float | None) -> float | None:
+    """The value of an option that must be more than 0; raises UsageError for any other, NaN too."""
+    if value is not None and not value > 0:
+        raise UsageError(f"{option.opts[0]} {value:g} cannot be used; give more than 0")
+    return value
+
+
 def parse_bits(text: str | None) -> list[int] | None:
-    """Reads '2,3,8' as widths; raises UsageError for anything that is no list of whole numbers."""
+    """Reads '2,3,8' as widths; raises UsageError for anything that is no list of whole numbers from 2 to 8."""
     if text is None:
         return None
+    from vitq.artifacts import WIDTHS
+
     try:
-        return [int(part) for part in text.split(",")]
+        if set(found := [int(part) for part in text.split(",")]) <= set(WIDTHS):
+            return found
     except ValueError:
-        raise UsageError(f"--bits {text!r} is not understood; give widths from 2 to 8 with commas between them, such as 3,4,5") from None
+        pass
+    raise UsageError(f"--bits {text!r} is not understood; give widths from 2 to 8 with commas between them, such as 3,4,5")
 
 
 def parse_model_kwargs(texts: Sequence[str] | None) -> dict[str, Any]:

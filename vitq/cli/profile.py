@@ -15,7 +15,7 @@ from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.layer_table import cost_table
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
-from vitq.errors import UsageError
+from vitq.errors import InputError, UsageError
 from vitq.units import in_units
 
 if TYPE_CHECKING:
@@ -60,7 +60,13 @@ def profile(
         SensitivityLoss, typer.Option("--sensitivity-loss", help="What is compared; all but kl need labels.")
     ] = "kl",
     sensitivity_baseline: Annotated[
-        str, typer.Option("--sensitivity-baseline", help="What the other layers run at: fp32, w8a8 or 'uniform 4'.")
+        str,
+        typer.Option(
+            "--sensitivity-baseline",
+            autocompletion=completion.baselines,
+            callback=completion.known("sensitivity baseline", completion.baselines),
+            help="What the other layers run at: fp32, w8a8 or 'uniform 4'.",
+        ),
     ] = "fp32",
     fisher: Annotated[
         FisherLabels, typer.Option("--fisher", help="lampq's labels: sampled from the model (true) or the images' own (empirical).")
@@ -86,7 +92,11 @@ def profile(
     terminal = Terminal(quiet, verbose, as_json)
     from vitq.artifacts import MetricOptions, save
 
+    if explain is None and images is None:
+        raise UsageError("no images were given; give --images a folder, a .tar or an images.safetensors")
     refuse_missing_sources(model, images, arch)
+    if explain is not None and not explain.is_file():
+        raise InputError(f"{explain} does not exist; give --explain a PNG or JPEG file")
     path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force or dry_run)
     widths = options.parse_bits(bits) or []
     chosen = MetricOptions(
@@ -103,8 +113,7 @@ def profile(
     if explain is not None:
         _heat_map(terminal, model, loading, explain, chosen, path, device, force)
         return
-    if images is None:
-        raise UsageError("no images were given; give --images a folder, a .tar or an images.safetensors")
+    assert images is not None
     journal = path.with_name(f".{path.stem}.journal.jsonl")
     if not resume:
         journal.unlink(missing_ok=True)

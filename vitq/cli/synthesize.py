@@ -21,7 +21,8 @@ def synthesize(
     model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
     num_images: Annotated[int, typer.Option("--num-images", min=1, max=options.MOST_IMAGES, help="How many images to make.")] = 32,
     max_minutes: Annotated[
-        float, typer.Option("--max-minutes", help="The time that all of it may take; the steps are reduced to fit.")
+        float,
+        typer.Option("--max-minutes", callback=options.above_zero, help="The time that all of it may take; the steps are reduced to fit."),
     ] = 10.0,
     iterations: Annotated[
         int, typer.Option("--iterations", min=1, help="Steps at most; where all fit, the seed alone decides the images.")

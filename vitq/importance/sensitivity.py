@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq.artifacts import WIDTHS, CostTable, Layer
+from vitq.artifacts import CostTable, Layer
+from vitq.choices import BASELINES
 from vitq.errors import InputError, UsageError
 from vitq.gradients import loss as divergence
 from vitq.graph import advance, run, start
@@ -230,10 +231,9 @@ def _weight_shares(subject: Subject, quantizers: Quantizers) -> dict[str, float]
 
 def _baseline_bits(baseline: str) -> int | None:
     """The width of the layers that stay: None for "fp32"."""
-    known: dict[str, int | None] = {"fp32": None, "w8a8": 8} | {f"uniform {width}": width for width in WIDTHS}
-    if baseline not in known:
+    if baseline not in BASELINES:
         raise UsageError(f"sensitivity baseline {baseline!r} is not known; give fp32, w8a8 or uniform K with K from 2 to 8")
-    return known[baseline]
+    return BASELINES[baseline]
 
 
 def required_labels(subject: Subject, labels: Tensor | None, wanted_by: str, instead: str, among_classes: bool = True) -> Tensor:

@@ -14,6 +14,7 @@ import onnx
 from torch import Tensor
 
 from vitq.checkpoint import Checkpoint
+from vitq.choices import OPSETS
 from vitq.errors import UsageError
 from vitq.onnx_file.factors import fold_numbers
 from vitq.onnx_file.file import data_file, folder_beside, place, store
@@ -22,7 +23,7 @@ from vitq.onnx_file.kernels import integer_layers
 from vitq.onnx_file.lowering import lower
 from vitq.onnx_file.split import split_linears
 from vitq.onnx_file.storage import STORAGES, Storage, is_symmetric, stored_bytes
-from vitq.onnx_file.trace import OPSET, OPSETS, trace_graph
+from vitq.onnx_file.trace import OPSET, trace_graph
 from vitq.onnx_file.verify import verify_file
 from vitq.runtime import INT8_ALLOWED
 from vitq.whole import refuse_existing
