@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A module or package of vitq may import those of the lines below its own, and its own files; nothing on its own line.
 FLOORS = (
-    ("errors", "choices"),
+    ("errors", "choices", "units"),
     ("whole",),
     ("artifacts",),
-    ("affine", "grid", "images", "intervals", "latency", "moments", "preparation", "processor", "units", "weights"),
+    ("affine", "grid", "images", "intervals", "latency", "moments", "preparation", "processor", "weights"),
     ("augmented", "models", "graph", "quantizers", "runtime"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),

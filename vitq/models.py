@@ -29,6 +29,7 @@ from torch.nn.modules.module import (
 )
 
 from vitq.errors import InputError
+from vitq.units import counted
 from vitq.weights import SUFFIXES, count_classes, fit, load_strictly, read_tensors, refuse_not_finite
 
 LARGEST = 2**16
@@ -77,7 +78,9 @@ def load(
         InputError: nothing of that name, weights that cannot be fetched, read or built, or tensors that do not fit or are not finite.
     """
     if (img_size is not None and img_size < 1) or (num_classes is not None and num_classes < 0):
-        raise InputError(f"image size {img_size} and {num_classes} classes cannot be used; give at least 1 pixel, and 0 or more classes")
+        raise InputError(
+            f"image size {img_size} and number of classes {num_classes} cannot be used; give at least 1 pixel, and 0 or more classes"
+        )
     model, path, extra = str(model), Path(model), dict(model_kwargs or {})
     if path.is_dir() or path.is_file():
         return _load_local(path, model, arch, num_classes, img_size, extra)
@@ -155,7 +158,9 @@ def _load_pretrained(name: str, num_classes: int | None, img_size: int | None, e
     if not any(default.get(place) for place in ("url", "hf_hub_id", "file")):
         raise InputError(f"timm has no weights for {name}; give a checkpoint file, or one of: {_near(name, timm.list_pretrained())}")
     if num_classes not in (None, 0, default["num_classes"]):
-        raise InputError(f"{name} has {default['num_classes']} classes, not {num_classes}; leave --num-classes out or give a checkpoint")
+        raise InputError(
+            f"{name} has {counted(default['num_classes'], 'class')}, not {num_classes}; leave --num-classes out or give a checkpoint"
+        )
     # The tag pins the weights and their input size: timm's default tag may move.
     architecture = f"{default['architecture']}.{default['tag']}" if default.get("tag") else name
     arguments = _sized(extra, default, default, img_size)

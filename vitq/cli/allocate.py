@@ -15,7 +15,7 @@ from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, i
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,7 +175,7 @@ def _counting(terminal: Terminal, refine: bool, audit: int) -> Iterator[Callable
 
     most = (1 + MOST_STEPS if refine else 0) + (audit + 2 if audit else 0)
     done = count()
-    with terminal.working("measure", f"{most} plans at most") as progress:
+    with terminal.working("measure", f"{counted(most, 'plan')} at most") as progress:
         yield lambda: progress(next(done), most, "plans")
 
 
@@ -188,7 +188,7 @@ def _judge(
     num_held_out: int | None,
     device: str,
     terminal: Terminal,
-    counted: Callable[[], None],
+    told: Callable[[], None],
 ) -> "tuple[Judge, Callable[[], Errors]]":
     """What plans are measured with: quantizers fitted to the profile's images, losses on others of the same source where it has others."""
     options.usable_device(device)
@@ -199,11 +199,11 @@ def _judge(
     held_out, _ = memory.images(
         replace(reading, num_images=num_held_out or reading.num_images, seed=source.seed + 1), loaded.data_config, loaded.label_names
     )
-    terminal.note(f"measuring plans on {held_out.num_listed} images ...")
+    terminal.note(f"measuring plans on {counted(held_out.num_listed, 'image')} ...")
     trials = Trials.of(loaded, fitting, held_out, device)
 
     def losses(plan: "BitPlan") -> list[float]:
-        counted()
+        told()
         return trials.losses(plan)
 
     judge = Judge(search, budgets, losses)
@@ -216,7 +216,7 @@ def refinement_lines(found: "Refinement") -> list[str]:
     lines = [f"{'kept' if step.kept else 'left'}  {step.up} up, {step.down} down: loss {step.loss:.4g}" for step in found.steps]
     return [
         *lines,
-        f"measured      {found.start:.4g} before and {found.loss:.4g} after {kept} pairs kept",
+        f"measured      {found.start:.4g} before and {found.loss:.4g} after {counted(kept, 'pair')} kept",
         *(["price         none: shadow prices are those of the plan before, which was the best predicted"] if kept else []),
     ]
 
@@ -227,7 +227,7 @@ def audit_table(found: "Audit") -> "Table":
     again = "" if found.repeatability is None else f", of one half of the images with the other {found.repeatability:.3f}"
     from rich.table import Table
 
-    table = Table(title=f"audit: {order} over {found.compared} plans of this budget{again}", box=None)
+    table = Table(title=f"audit: {order} over {counted(found.compared, 'plan')} of this budget{again}", box=None)
     for name in ("plan", "predicted", "measured"):
         table.add_column(name, justify="left" if name == "plan" else "right")
     for name, predicted, measured in zip(found.names, found.predicted, found.measured, strict=True):
@@ -258,7 +258,7 @@ def _write_staircase(
         written = f"wrote {path}; no plot: {error}"
     plans = staircase["plans"]
     ends = f"{plans[0]['budget']:g} bits +{plans[0]['objective']:.4g} to {plans[-1]['budget']:g} bits +{plans[-1]['objective']:.4g}"
-    return staircase, [f"{len(plans)} plans, {ends}", written]
+    return staircase, [f"{counted(len(plans), 'plan')}, {ends}", written]
 
 
 def _lines(report: dict[str, Any], unit: str) -> list[str]:

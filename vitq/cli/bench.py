@@ -28,7 +28,7 @@ from vitq.cli.chain import (
 from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,7 +103,7 @@ def bench(
             terminal.note("baselines: float32, quantize_dynamic, quantize_static")
             measured |= _baselines(files[0], folder, reference, images, made)
         with terminal.working(
-            "latency", f"{len(measured)} files in turn, {threads} threads, batch {', '.join(map(str, batches))}"
+            "latency", f"{counted(len(measured), 'file')} in turn, {counted(threads, 'thread')}, batch {', '.join(map(str, batches))}"
         ) as progress:
             rows = compare(measured, batches, threads, rounds, progress)
         shapes = {name: input_shape(open_session(file, threads), name, batches[0]) for name, file in measured.items()}
@@ -131,7 +131,7 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
     found = load_profile(profile)
     from vitq.bench.layers import latency_table
 
-    what = f"of {found.model.architecture}, alone and together: {threads} threads, batch {batch}"
+    what = f"of {found.model.architecture}, alone and together: {counted(threads, 'thread')}, batch {batch}"
     with terminal.working("layers", what) as progress:
         table = latency_table(found.model, batch, threads, rounds, progress)
     table.check(found.layers, found.model.graph_digest)

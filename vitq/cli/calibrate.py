@@ -25,7 +25,7 @@ from vitq.cli.layer_table import worst
 from vitq.cli.opening import say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 RECIPE_HELP = (
     "fast: minutes, no gradients; reconstruct: the most accurate; "
@@ -130,7 +130,8 @@ def calibrate(
         document |= {"predicted_kl": math.fsum(error["kl"] or 0.0 for error in errors.values()), "layers": errors}
         unit = "nats per image" if chosen.model.num_classes else "half the relative squared error"
         lines.append(f"its layers cost {document['predicted_kl']:.4f} ({unit}) on the first of these images, most of all {worst(errors)}")
-    what = f"{len(chosen.layers)} layers calibrated by recipe {recipe} on {opened.num_images} images in {document['seconds']:.1f} s"
+    on = f"on {counted(opened.num_images, 'image')} in {document['seconds']:.1f} s"
+    what = f"{counted(len(chosen.layers), 'layer')} calibrated by recipe {recipe} {on}"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
     exports = all(isinstance(quantizer, Uniform | LogGrid) for quantizer in checkpoint.activations.values())
     terminal.next(in_folder("vitq export", path, CHECKPOINT) if exports else f"vitq evaluate {path} --images PATH")

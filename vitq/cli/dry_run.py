@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitq.cli.terminal import Terminal
-from vitq.units import in_minutes, in_units
+from vitq.units import counted, in_minutes, in_units
 
 if TYPE_CHECKING:
     from vitq.images import Images
@@ -41,7 +41,7 @@ def tried(terminal: Terminal, work: Callable[[Path], Any], images: "Images", num
     """
     reports: list[tuple[float, int]] = []
     images.progress = lambda done, _: reports.append((time.perf_counter(), done))
-    found = trial(terminal, work, f"{images.num_listed} images", started)
+    found = trial(terminal, work, counted(images.num_listed, "image"), started)
     images.progress = None
     more = (num_images - images.num_listed) * _seconds_an_image(reports, images.num_listed)
     return {"num_images": num_images} | found | {"seconds": found["seconds"] + more}
@@ -66,5 +66,5 @@ def _seconds_an_image(reports: list[tuple[float, int]], whole: int) -> float:
 def say_estimate(terminal: Terminal, what: str, found: dict[str, Any], where: Path | str) -> None:
     """The estimate for people, or as JSON."""
     memory = "" if found["memory_bytes"] is None else f"{in_units(found['memory_bytes'], 'B')} of memory and "
-    line = f"{what} would take about {in_minutes(found['seconds'])} on {found['num_images']} images"
+    line = f"{what} would take about {in_minutes(found['seconds'])} on {counted(found['num_images'], 'image')}"
     terminal.result(found, line, f"{memory}{in_units(found['disk_bytes'], 'B')} of disk, {where}")

@@ -27,6 +27,7 @@ from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
 from vitq.intervals import COUNTED, wilson
+from vitq.units import counted
 from vitq.whole import locked
 
 if TYPE_CHECKING:
@@ -96,16 +97,16 @@ def evaluate(
         subject = _open(artifact, loading, device)
         float_model = _reference(subject, reference, loading, run_dir)
     opened = open_for(subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
-    counted = _labels_fit(opened, subject.num_classes)
-    _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
+    labelled = _labels_fit(opened, subject.num_classes)
+    _refuse_unmeasurable(gates, subject.num_classes, labelled, float_model is not None)
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
     say_foreign(terminal, subject.model_digest, images)
-    if not counted and subject.num_classes:
+    if not labelled and subject.num_classes:
         terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
     runnable = None if float_model is None else on_device(float_model.module, device)
 
     def measured(images: "Images") -> "Evaluation":
-        batches = ((batch, labels if counted else None) for batch, labels in images)
+        batches = ((batch, labels if labelled else None) for batch, labels in images)
         return measure(subject.runnable, batches, runnable, subject.num_classes > 0)
 
     if dry_run:
@@ -124,7 +125,7 @@ def evaluate(
         _write(output, document)
     if saved is not None:
         save_result(document, saved, subject.name)
-    terminal.result(document, *([said] if said else []), f"{subject.name} on {found.num_images} images", *_lines(found))
+    terminal.result(document, *([said] if said else []), f"{subject.name} on {counted(found.num_images, 'image')}", *_lines(found))
     _check(gates, document)
     if saved is not None:
         terminal.next(in_folder("vitq report", saved / REPORT, REPORT))

@@ -23,7 +23,7 @@ from vitq.cli.chain import (
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.images import Images
@@ -129,12 +129,12 @@ def _fixed_batch(batch: str) -> int | None:
 
 
 def _lines(report: "ExportReport", num_images: int) -> list[str]:
-    by_choice = f"; {report.float_by_choice} convolutions compute in float" if report.float_by_choice else ""
+    by_choice = f"; {counted(report.float_by_choice, 'convolution')} in float" if report.float_by_choice else ""
     return [
         f"file      {in_units(report.file_bytes, 'B')}, of which weights {in_units(report.weight_bytes, 'B')} "
         f"(planned {in_units(report.planned_weight_bytes, 'B')})",
         f"kernels   {report.integer_kernels} of {report.integer_candidates} candidates run as integer kernels{by_choice}",
-        f"verified  on {num_images} images: {report.code_mismatch:.2g} of the codes differ, top-1 agrees on {report.top1_agreement:.2f} % "
-        f"with the fake-quantized model",
+        f"verified  on {counted(num_images, 'image')}: {report.code_mismatch:.2g} of the codes differ, "
+        f"top-1 agrees on {report.top1_agreement:.2f} % with the fake-quantized model",
         f"took      {report.seconds:.1f} s",
     ]

@@ -27,7 +27,7 @@ from vitq.cli.chain import (
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.artifacts import BitPlan
@@ -179,8 +179,8 @@ def finetune(
         "skipped": opened.skipped,
         "seconds": time.perf_counter() - started,
     }
-    what = f"{found.steps} steps by recipe {recipe}, {found.epochs:.2f} epochs, {document['seconds']:.0f} s"
-    loss = f"loss on {found.held_out} images held out {found.before:.4f} before, {found.after:.4f} after"
+    what = f"{counted(found.steps, 'step')} by recipe {recipe}, {found.epochs:.2f} epochs, {document['seconds']:.0f} s"
+    loss = f"loss on {counted(found.held_out, 'image')} held out {found.before:.4f} before, {found.after:.4f} after"
     if not better:
         terminal.result(document, what, f"{loss}: not lower, so {calibrated} is as it was")
         terminal.note("a run this short may end before it gains: give more --images, more --max-minutes, or a lower --lr and --other-lrs")

@@ -16,7 +16,7 @@ from vitq.cli.layer_table import cost_table
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.artifacts import MetricOptions, Profile
@@ -145,7 +145,9 @@ def profile(
     tables = [cost_table(found, name) for name in found.costs] if verbose else [] if quiet else cost_map(found, next(iter(found.costs)))
     terminal.result(_document(found, str(path), opened, seconds), *_lines(found, seconds), *tables, f"wrote {path}")
     if fused := found.made_from.get("unfused_attention"):
-        terminal.note(f"attention stays fused in {len(fused)} places, so its matmuls are no layers and stay float: {', '.join(fused)}")
+        terminal.note(
+            f"attention stays fused in {counted(len(fused), 'place')}, so its matmuls are no layers and stay float: {', '.join(fused)}"
+        )
     terminal.next(in_folder("vitq allocate --budget 4.0", path, PROFILE))
 
 
@@ -195,7 +197,7 @@ def _total_costs(found: "Profile", metric: str) -> dict[int, float]:
 
 def _lines(found: "Profile", seconds: float) -> list[str]:
     parameters, macs = (in_units(sum(getattr(layer, name) for layer in found.layers), "") for name in ("parameters", "macs"))
-    lines = [f"{found.model.architecture}: {len(found.layers)} layers, {parameters} weights, {macs} MACs an image"]
+    lines = [f"{found.model.architecture}: {counted(len(found.layers), 'layer')}, {parameters} weights, {macs} MACs an image"]
     for name, table in found.costs.items():
         totals = ", ".join(f"{width} bits {cost:.3g}" for width, cost in _total_costs(found, name).items())
         lines.append(f"{name}, all layers at {totals} ({'nats an image' if table.unit == 'nats' else table.unit})")

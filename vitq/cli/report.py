@@ -33,7 +33,7 @@ from vitq.cli.run_folder import find_staircase, read_folder
 from vitq.cli.saved_results import read_benchmark, read_evaluations
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError, VitqError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.report import Findings
@@ -74,7 +74,9 @@ def report(
         document = write_report(folder, path, model, images)
     lines = [f"{part['title']} is left out: {part['why'] or part['command']}" for part in document["left_out"]] if verbose else []
     seconds = time.perf_counter() - started
-    lines.append(f"wrote {path} ({in_units(document['file_bytes'], 'B')}), {len(document['sections'])} parts, in {seconds:.1f} s")
+    lines.append(
+        f"wrote {path} ({in_units(document['file_bytes'], 'B')}), {counted(len(document['sections']), 'part')}, in {seconds:.1f} s"
+    )
     for remark in document["remarks"]:
         terminal.note(remark)
     terminal.result(document | {"seconds": seconds}, *lines)

@@ -23,7 +23,7 @@ from vitq.cli.chain import (
     of_another_plan,
 )
 from vitq.cli.saved_results import read_benchmark, read_evaluations
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,9 +51,10 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
         from vitq.artifacts.images import describe_images
 
         images = describe_images(folder / IMAGES)
-        found.append((IMAGES, f"{images['num_images']} images" if images else "images that cannot be read", None))
+        found.append((IMAGES, counted(images["num_images"], "image") if images else "images that cannot be read", None))
     if profile:
-        found.append((PROFILE, f"{profile.model.architecture}, {len(profile.layers)} layers, costs by {', '.join(profile.costs)}", None))
+        holds = f"{profile.model.architecture}, {counted(len(profile.layers), 'layer')}, costs by {', '.join(profile.costs)}"
+        found.append((PROFILE, holds, None))
     if plan is not None:
         another = profile and from_another_profile(plan.made_from, profile)
         found.append((PLAN, _bits(plan), _another("made from", PROFILE, folder, "vitq allocate") if another else None))
@@ -79,7 +80,7 @@ def _results(folder: Path) -> Iterator[tuple[str, str, str | None]]:
     from vitq.latency import load_latency_table
 
     if staircase := find_staircase(folder):
-        yield staircase[0], f"{len(staircase[1].plans)} plans, by {staircase[1].metric}", None
+        yield staircase[0], f"{counted(len(staircase[1].plans), 'plan')}, by {staircase[1].metric}", None
     if (folder / EVALUATION).is_file():
         evaluated = read_evaluations(folder / EVALUATION)
         measured = [(name, {entry.digest}) for name, entry in evaluated.items()]
@@ -91,7 +92,8 @@ def _results(folder: Path) -> Iterator[tuple[str, str, str | None]]:
         yield BENCH, holds, _stale_result(folder / BENCH, [(ONNX, digests)], "bench")
     if (folder / LATENCY).is_file():
         table = load_latency_table(folder / LATENCY)
-        yield LATENCY, f"latencies of {sum(len(timing.layers) for timing in table.timings) // 2} layers, batch {table.batch}", None
+        layers = sum(len(timing.layers) for timing in table.timings) // 2
+        yield LATENCY, f"latencies of {counted(layers, 'layer')}, batch {table.batch}", None
     if (folder / REPORT).is_file():
         yield REPORT, "report", None
 
@@ -143,7 +145,8 @@ def folder_table(rows: list[dict[str, Any]]) -> "Table":
 
 def _bits(plan: "BitPlan") -> str:
     widths = {bits for entry in plan.layers for bits in (entry.weight_bits, entry.activation_bits) if bits is not None}
-    return f"{plan.model.architecture}, {len(plan.layers)} layers at {min(widths, default='no')} to {max(widths, default='no')} bits"
+    least, most = min(widths, default="no"), max(widths, default="no")
+    return f"{plan.model.architecture}, {counted(len(plan.layers), 'layer')} at {least} to {most} bits"
 
 
 def _stale_checkpoint(

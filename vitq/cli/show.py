@@ -18,7 +18,7 @@ from vitq.cli.saved_results import saved_result
 from vitq.cli.staircase_table import staircase_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import InputError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,7 +139,7 @@ def _read_json(path: Path) -> Shown:
         return Shown(head | {"summary": summarize_plan(plan, profile)}, layer_rows(profile.layers, plan.bits))
     if isinstance(kind, dict) and kind.get("format") == Staircase.model_fields["format"].default:
         staircase = load_staircase(path)
-        what = f"staircase: metric {staircase.metric}, objective {staircase.objective}, {len(staircase.plans)} plans"
+        what = f"staircase: metric {staircase.metric}, objective {staircase.objective}, {counted(len(staircase.plans), 'plan')}"
         return Shown({"kind": "staircase"} | staircase.model_dump(mode="json"), [], tables=[what, staircase_table(staircase)])
     if (result := saved_result(path)) is not None:
         what, content, tables = result
@@ -154,7 +154,7 @@ def _read_json(path: Path) -> Shown:
 
 def _latency_lines(table: "LatencyTable") -> list[str]:
     batch = "one image at a time" if table.batch == 1 else f"batches of {table.batch}"
-    lines = [f"latency table: {table.architecture}, {batch}, {table.threads} threads; {table.rest_ms:.4g} ms beside the layers"]
+    lines = [f"latency table: {table.architecture}, {batch}, {counted(table.threads, 'thread')}; {table.rest_ms:.4g} ms beside the layers"]
     if processor := table.made_from.get("processor"):
         lines.append(f"measured on {processor}")
     return [_filled(line) for line in lines]
@@ -219,7 +219,9 @@ def _lines(found: Shown) -> list[str]:
 
     head, rows = found.head, found.rows
     size = f", {in_units(head['file_bytes'], 'B')}" if "file_bytes" in head else ""
-    lines = [f"{head['kind']}: {head.get('architecture')}, {head.get('num_classes')} classes, {len(rows)} layers{size}"]
+    classes = head.get("num_classes")
+    known = counted(classes, "class") if isinstance(classes, int) else f"{classes} classes"
+    lines = [f"{head['kind']}: {head.get('architecture')}, {known}, {counted(len(rows), 'layer')}{size}"]
     if any("macs" in row for row in rows):
         parameters, macs = (in_units(sum(row.get(key, 0) for row in rows), "") for key in ("parameters", "macs"))
         lines.append(f"in layers: {parameters} weights, {macs} MACs an image")
@@ -235,7 +237,7 @@ def _lines(found: Shown) -> list[str]:
     sources = {name: made_from.get(name) for name in ("model", "images")}
     lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if isinstance(source, dict)]
     if fused := head.get("unfused_attention") or made_from.get("unfused_attention"):
-        lines.append(f"attention stays fused in {len(fused)} places, so its matmuls are no layers: {', '.join(fused)}")
+        lines.append(f"attention stays fused in {counted(len(fused), 'place')}, so its matmuls are no layers: {', '.join(fused)}")
     return [_filled(line) for line in lines]
 
 

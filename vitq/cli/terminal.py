@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitq.units import counted
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
@@ -69,13 +71,13 @@ class Terminal:
         Gives a function that shows what comes between the passes: (work done, all of it, its name), with the time that is left.
         """
         try:
-            with self._bar(what, images.num_listed, f"{images.num_listed} images") as (progress, bar):
+            with self._bar(what, images.num_listed, counted(images.num_listed, "image")) as (progress, bar):
                 images.progress = lambda done, total: progress.update(bar, completed=done, total=total)
                 yield _work(progress, bar, what)
         finally:
             images.progress = None
             if images.skipped:
-                print(f"skipped {len(images.skipped)} of {images.num_listed} images that cannot be read:", file=sys.stderr)
+                print(f"skipped {len(images.skipped)} of {counted(images.num_listed, 'image')} that cannot be read:", file=sys.stderr)
                 print("\n".join(f"  {name}" for name in images.skipped), file=sys.stderr)
 
     @contextmanager

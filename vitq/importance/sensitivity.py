@@ -36,6 +36,7 @@ from vitq.importance.journal import Journal
 from vitq.importance.quantizers import Quantizers
 from vitq.importance.subject import Subject
 from vitq.moments import Moments, corrected, correction
+from vitq.units import counted
 
 _UNITS: dict[str, Literal["nats", "accuracy", "relative"]] = {"kl": "nats", "top1": "accuracy", "cross-entropy": "relative"}
 
@@ -248,7 +249,7 @@ def required_labels(subject: Subject, labels: Tensor | None, wanted_by: str, ins
     if labels is None:
         raise InputError(f"{wanted_by} needs labels and the images have none; give a folder of class folders, or {instead}")
     if among_classes and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < subject.num_classes:
-        found = f"labels {int(labels.min())} to {int(labels.max())}, the model {subject.num_classes} classes"
+        found = f"labels {int(labels.min())} to {int(labels.max())}, the model {counted(subject.num_classes, 'class')}"
         raise InputError(f"{wanted_by} cannot be used: the images have {found}; give the model's own images, or {instead}")
     return labels
 

@@ -26,6 +26,7 @@ from vitq.onnx_file.storage import STORAGES, Storage, is_symmetric, stored_bytes
 from vitq.onnx_file.trace import OPSET, trace_graph
 from vitq.onnx_file.verify import verify_file
 from vitq.runtime import INT8_ALLOWED
+from vitq.units import counted
 from vitq.whole import refuse_existing
 
 __all__ = ["ExportReport", "Storage", "export", "stored_bytes"]
@@ -127,10 +128,10 @@ def _refuse(checkpoint: Checkpoint, storage: str, opset: int, batch: int | None)
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not written; give one from {OPSETS[0]} to {OPSETS[-1]}")
     if batch is not None and batch < 1:
-        raise UsageError(f"a batch of {batch} images is none; give 1 or more, or dynamic")
+        raise UsageError(f"a batch of {batch} is none; give 1 or more, or dynamic")
     asymmetric = [name for name, weight in checkpoint.weights.items() if not is_symmetric(weight)]
     if storage == "standard" and asymmetric:
         raise UsageError(
-            f"storage standard takes weights without zero points, those of {len(asymmetric)} layers have some ({asymmetric[0]}); "
-            "run `vitq calibrate --symmetric --force`, or give --storage packed"
+            f"storage standard takes weights without zero points, those of {counted(len(asymmetric), 'layer')} have some "
+            f"({asymmetric[0]}); run `vitq calibrate --symmetric --force`, or give --storage packed"
         )
