@@ -78,9 +78,7 @@ def load(
         InputError: nothing of that name, weights that cannot be fetched, read or built, or tensors that do not fit or are not finite.
     """
     if (img_size is not None and img_size < 1) or (num_classes is not None and num_classes < 0):
-        raise InputError(
-            f"image size {img_size} and number of classes {num_classes} cannot be used; give at least 1 pixel, and 0 or more classes"
-        )
+        raise InputError(f"image size {img_size} and {num_classes} classes cannot be used; give at least 1 pixel, and 0 or more classes")
     model, path, extra = str(model), Path(model), dict(model_kwargs or {})
     if path.is_dir() or path.is_file():
         return _load_local(path, model, arch, num_classes, img_size, extra)
