@@ -100,7 +100,9 @@ USAGE: dict[str, tuple[str, ...]] = {
 
 INPUT: dict[str, tuple[str, ...]] = {
     # what is not there
-    "profile gone --images images": ("'gone' is no file, folder or timm model", "give one of these"),
+    "profile gone --images images": ("'gone' is no file, folder or timm model; give a path", "timm.list_models()"),
+    "profile no_such_model_x --images images": ("'no_such_model_x' is no file, folder or timm model; give a path",),
+    "profile deit_smal_patch16_224 --images images": ("(near: deit_small_patch16_224, deit3_small_patch16_224",),
     "profile vit_tny_patch16_224 --images images": ("'vit_tny_patch16_224'", "near: vit_tiny_patch16_224"),
     "profile model --images gone": ("gone does not exist", "give a folder of images"),
     "allocate gone.json --budget 4": ("gone.json does not exist", "vitq profile"),
@@ -160,7 +162,7 @@ INPUT: dict[str, tuple[str, ...]] = {
     "profile model --images images --force --arch resnet18": ("does not fit resnet18", "--arch"),
     "profile model --images images --force -o model/config.json/x.json": ("a file where a folder is needed", "give a path"),
     "demo --run-dir model/config.json/x": ("a file where a folder is needed", "give a path"),
-    "profile a\0b --images images": ("'a\\x00b' is no file", "give one of these"),
+    "profile a\0b --images images": ("'a\\x00b' is no file", "give a path that exists"),
 }
 """Exit code 3."""
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 from cli_session import environment, vitq
 
 from vitq.allocation.objectives import OBJECTIVES
@@ -87,6 +88,19 @@ def test_a_shell_is_offered_names(monkeypatch: pytest.MonkeyPatch):
     assert offered(monkeypatch, "profile", "--lrp-target", "") == ["pred", "label"]
     assert offered(monkeypatch, "allocate", "--objective", "nothing") == []
     assert "calibrate" in offered(monkeypatch, "cal")
+
+
+def test_models_are_timms_names_and_what_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert completion.architectures("") == sorted(timm.list_models())
+    (tmp_path / "deit_mine").mkdir()
+    (tmp_path / "deit_[1].safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert offered(monkeypatch, "profile", "deit_t") == timm.list_models("deit_t*")
+    assert offered(monkeypatch, "show", "deit_") == ["deit_[1].safetensors", "deit_mine", *timm.list_models("deit_*")]
+    assert offered(monkeypatch, "show", "deit_[") == ["deit_[1].safetensors"]
+    assert offered(monkeypatch, "synthesize", "") == ["deit_[1].safetensors", "deit_mine"]
+    for words in (("profile", "x", "--arch"), ("evaluate", "x", "--reference"), ("calibrate", "--model")):
+        assert offered(monkeypatch, *words, "swin_tiny_p") == timm.list_models("swin_tiny_p*")
 
 
 def test_completion_can_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -91,7 +91,10 @@ def allocate(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="The float model, to measure with. (default: the one that was profiled)")
+        str | None,
+        typer.Option(
+            "--model", autocompletion=completion.models, help="The float model, to measure with. (default: the one that was profiled)"
+        ),
     ] = None,
     images: options.RememberedImages = None,
     num_images: options.NumImages = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     BENCH,
     LATENCY,
@@ -56,7 +56,8 @@ def bench(
         bool, typer.Option("--baselines", help="Also float32, and what onnxruntime's quantize_dynamic and quantize_static make of it.")
     ] = False,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="The float MODEL of --baselines. (default: the first file's)")
+        str | None,
+        typer.Option("--reference", autocompletion=completion.models, help="The float MODEL of --baselines. (default: the first file's)"),
     ] = None,
     images: options.RememberedImages = None,
     layers: Annotated[

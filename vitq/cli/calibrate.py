@@ -50,7 +50,9 @@ def calibrate(
         bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
     ] = False,
     dry_run: options.DryRun = False,
-    model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", autocompletion=completion.models, help="The float model. (default: the one that was profiled)")
+    ] = None,
     num_images: options.NumImages = None,
     seed: options.Seed = None,
     batch_size: options.BatchSize = 32,

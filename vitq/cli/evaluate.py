@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     EVALUATION,
     PROFILE,
@@ -42,12 +42,15 @@ _UNITS = {"top1": "%", "top5": "%", "top1_change": "points", "agreement": "%", "
 
 
 def evaluate(
-    artifact: Annotated[str, typer.Argument(help="A MODEL, a calibrated .safetensors, or a .onnx.")],
+    artifact: Annotated[str, typer.Argument(autocompletion=completion.models, help="A MODEL, a calibrated .safetensors, or a .onnx.")],
     images: options.OptionalImages = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="First compare the .onnx with the digests it was exported with; needs no --images.")
     ] = False,
-    reference: Annotated[str | None, typer.Option("--reference", help="The float MODEL. (default: the artifact's run folder's)")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", autocompletion=completion.models, help="The float MODEL. (default: the artifact's run folder's)"),
+    ] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", min=0, help="Percent; below it: exit 6.")] = None,
     min_agreement: Annotated[float | None, typer.Option("--min-agreement", min=0, help="Percent; below it: exit 6.")] = None,
     max_kl: Annotated[float | None, typer.Option("--max-kl", min=0, help="Nats an image; above it: exit 6.")] = None,

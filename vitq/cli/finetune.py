@@ -79,7 +79,9 @@ def finetune(
     amp: Annotated[bool, typer.Option("--amp", help="Products in bfloat16.")] = False,
     save_minutes: Annotated[float, typer.Option("--save-minutes", min=0, help="How often to keep what a killed run goes on from.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run, or start anew.")] = True,
-    model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", autocompletion=completion.models, help="The float model. (default: the one that was profiled)")
+    ] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset. (default: all)")] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Chooses the subset, the order and the views of the images.")

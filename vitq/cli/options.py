@@ -21,7 +21,9 @@ MOST_WORKERS = 1024
 """Processes or threads: more are a slip of the keyboard, and would take the machine down."""
 MOST_SEED = 2**32 - 1
 
-Arch = Annotated[str | None, typer.Option("--arch", help="timm architecture of a checkpoint that does not say.")]
+Arch = Annotated[
+    str | None, typer.Option("--arch", autocompletion=completion.architectures, help="timm architecture of a checkpoint that does not say.")
+]
 NumClasses = Annotated[
     int | None, typer.Option("--num-classes", min=0, help="Classes of the head; 0 for a backbone. (default: the checkpoint's)")
 ]

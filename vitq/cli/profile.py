@@ -29,7 +29,7 @@ HEAT_MAP = "relevance.png"
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
+    model: Annotated[str, typer.Argument(autocompletion=completion.models, help="A timm local folder, a checkpoint file, or a timm name.")],
     images: options.OptionalImages = None,
     metric: Annotated[
         list[str] | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     BENCH,
     CHECKPOINT,
@@ -48,7 +48,11 @@ def report(
     folder: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="The run folder. (default: vitq-run)")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The float model, for pictures of the layers that hurt. (default: the one that was profiled)"),
+        typer.Option(
+            "--model",
+            autocompletion=completion.models,
+            help="The float model, for pictures of the layers that hurt. (default: the one that was profiled)",
+        ),
     ] = None,
     images: options.RememberedImages = None,
     seed: options.UnusedSeed = None,

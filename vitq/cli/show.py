@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.bench import timing_table
 from vitq.cli.chain import CHECKPOINT, PLAN, PROFILE, REPORT, in_folder, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 
 def show(
-    artifact: Annotated[str, typer.Argument(help="A MODEL, a file that vitq wrote (.json, .safetensors, .onnx), or a run folder.")],
+    artifact: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=completion.models, help="A MODEL, a file that vitq wrote (.json, .safetensors, .onnx), or a run folder."
+        ),
+    ],
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
     img_size: options.ImgSize = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vitq import __version__
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import IMAGES, output_path, refuse_missing_sources, run_folder
 from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.terminal import Terminal
@@ -19,7 +19,7 @@ _TRIED = 4  # steps of a dry run; the first ones are slower
 
 
 def synthesize(
-    model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
+    model: Annotated[str, typer.Argument(autocompletion=completion.models, help="A timm local folder, a checkpoint file, or a timm name.")],
     num_images: Annotated[int, typer.Option("--num-images", min=1, max=options.MOST_IMAGES, help="How many images to make.")] = 32,
     max_minutes: Annotated[
         float,
