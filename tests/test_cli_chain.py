@@ -45,7 +45,7 @@ def test_four_bare_commands_make_a_run_folder(chain: tuple[Path, list[Done]]):
     followups = ["vitq allocate --budget 4.0", "vitq calibrate", "vitq export", "vitq evaluate vitq-run/model.onnx --images PATH"]
     assert [done.err.strip().splitlines()[-1] for done in said] == [f"next: {command}" for command in followups]
     assert ["preprocessing: RGB" in done.err for done in said] == [True, False, False, False]
-    begun = ["profile: 24 images ...", None, "calibrate: 24 images ...", "verify: 24 images ..."]  # there is no terminal here
+    begun = ["profile: 24 images ...", None, "calibrate: 24 images ...", "export: 24 images ..."]  # there is no terminal here
     assert all(line is None or line in done.err.splitlines() for done, line in zip(said, begun, strict=True))
     assert "/" not in load_profile(folder / "vitq-run" / "profile.json").made_from["model"]["source"]
     plan = load_plan(folder / "vitq-run" / "plan.json")

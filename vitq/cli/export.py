@@ -1,6 +1,7 @@
 """`vitq export`: the calibrated model as a verified ONNX file, model.onnx."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -93,9 +94,9 @@ def export(
     terminal.preprocessing(spec.data_config, spec.data_config)
     terminal.detail(f"images {opened.source}, sha256 of the list {opened.digest}")
 
-    def written(images: "Images", place: Path) -> "ExportReport":
+    def written(images: "Images", place: Path, progress: "Callable[[float, float, str], None] | None" = None) -> "ExportReport":
         forms = {"attention_int8": attention_int8, "opset": opset, "batch": fixed}
-        return write(calibrated, place, (given for given, _ in images), cast("Storage", storage), force, **forms)
+        return write(calibrated, place, (given for given, _ in images), cast("Storage", storage), force, progress=progress, **forms)
 
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
@@ -103,8 +104,8 @@ def export(
         found = tried(terminal, lambda folder: written(sample, folder / ONNX), sample, opened.num_listed, started)
         say_estimate(terminal, "export", found, f"in {path.parent}")
         return
-    with terminal.watching(opened, "verify"):
-        report = written(opened, path)
+    with terminal.watching(opened, "export") as progress:
+        report = written(opened, path, progress)
     if card:
         text = model_card(calibrated, report, path.name, INT8_ALLOWED if attention_int8 else {}, fixed)
         write_whole(card_path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

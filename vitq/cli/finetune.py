@@ -200,6 +200,6 @@ def _calibrate(
     from vitq.checkpoint import save
 
     opened, remembered = memory.images(Reading(None, None, None, batch_size, 0), loaded.data_config, loaded.label_names)
-    with terminal.watching(opened, "calibrate"):
-        checkpoint = calibrate(loaded, plan, opened, device=device)
+    with terminal.watching(opened, "calibrate") as progress:
+        checkpoint = calibrate(loaded, plan, opened, device=device, progress=progress)
     save(memory.remembered_in(checkpoint, remembered), path)

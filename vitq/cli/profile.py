@@ -136,8 +136,8 @@ def profile(
 
         say_estimate(terminal, "profile", tried(terminal, work, sample, opened.num_listed, started), f"in {path.parent}")
         return
-    with terminal.keeping(journal), terminal.watching(opened, "profile"):
-        found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device, chosen, journal)
+    with terminal.keeping(journal), terminal.watching(opened, "profile") as progress:
+        found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device, chosen, journal, progress)
     found = remembering(found, loaded, loading, opened, seed)
     save(found, path, force)
     journal.unlink(missing_ok=True)

@@ -72,8 +72,8 @@ class Terminal:
         """
         try:
             with self._bar(what, images.num_listed, counted(images.num_listed, "image")) as (progress, bar):
-                images.progress = lambda done, total: progress.update(bar, completed=done, total=total)
-                yield _work(progress, bar, what)
+                images.progress = lambda done, _: progress.update(bar, description=what, completed=done)
+                yield _work(progress, bar, what, images.num_listed)
         finally:
             images.progress = None
             if images.skipped:
@@ -84,7 +84,7 @@ class Terminal:
     def working(self, what: str, on: str) -> "Iterator[Callable[[float, float, str], None]]":
         """As `watching`, for work that is no pass over images; `on` says for people what it is about."""
         with self._bar(what, 100, on) as (progress, bar):
-            yield _work(progress, bar, what)
+            yield _work(progress, bar, what, 100)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -130,9 +130,9 @@ class Terminal:
             yield progress, progress.add_task(what, total=total)
 
 
-def _work(progress: "Progress", bar: "TaskID", what: str) -> Callable[[float, float, str], None]:
-    """What shows (work done, all of it, its name) in a bar."""
-    return lambda done, whole, name: progress.update(bar, description=f"{what} {name}", completed=100 * done / whole, total=100)
+def _work(progress: "Progress", bar: "TaskID", what: str, length: int) -> Callable[[float, float, str], None]:
+    """What shows (work done, all of it, its name) in a bar of a length."""
+    return lambda done, whole, name: progress.update(bar, description=f"{what} {name}", completed=length * done / whole)
 
 
 def json_text(document: dict[str, Any]) -> str:

@@ -101,7 +101,8 @@ def loss_increases(
                 required_labels(subject, labels, f"the loss {loss}", "the loss kl", among_classes=loss == "cross-entropy")
         batch = _Batch(subject, quantizers, baseline, losses, images, labels)
         at_baseline += journal.result({"batch": index, "images": _digest(images, labels)}, batch.at_baseline)
-        for layer, width in changes:
+        for done, (layer, width) in enumerate(changes):
+            subject.progress(count + len(images) * done / len(changes))
             key = {"batch": index, "layer": layer.name, "bits": width}
             totals[layer.name, width] += journal.result(key, lambda layer=layer, width=width, batch=batch: batch.changed(layer, width))
         count += len(images)
