@@ -27,7 +27,19 @@ from vitq.images import Images
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
 
-__all__ = ["LEARNING", "RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "discard", "expected"]
+__all__ = [
+    "AT_ONCE",
+    "LEARNING",
+    "RECIPES",
+    "Estimate",
+    "LayerError",
+    "Learning",
+    "Progress",
+    "attribute",
+    "calibrate",
+    "discard",
+    "expected",
+]
 
 RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "fast": calibrate_fast,
@@ -40,6 +52,9 @@ RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "ptq4vit": calibrate_ptq4vit,
     "fima-q": calibrate_fima_q,
 }
+
+AT_ONCE = ("repq-vit", "mix-qvit", "erq", "adalog", "ptq4vit")
+"""The recipes that hold all images at once, so that memory grows with their number."""
 
 LEARNING = {"reconstruct": Learning(), "fima-q": FIMA_Q_LEARNING}
 """The recipes that take a Learning, each with its default."""

@@ -3,8 +3,9 @@
 import math
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,12 +21,15 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
-from vitq.cli.dry_run import say_estimate, trial_size, tried
+from vitq.cli.dry_run import say_estimate, trial_size, tried, tried_twice
 from vitq.cli.layer_table import worst
 from vitq.cli.opening import say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
 from vitq.units import counted, in_units
+
+if TYPE_CHECKING:
+    from vitq.images import Images
 
 RECIPE_HELP = (
     "fast: minutes, no gradients; reconstruct: the most accurate; "
@@ -80,9 +84,9 @@ def calibrate(
     path = output_path(output, folder, CHECKPOINT, force or dry_run)
     memory = plan_memory(chosen, source)
     options.usable_device(device)
+    from vitq.calibration import AT_ONCE, discard, expected
     from vitq.calibration import LEARNING as DEFAULTS
     from vitq.calibration import calibrate as fit
-    from vitq.calibration import discard, expected
     from vitq.calibration.attribution import IMAGES as ATTRIBUTED
     from vitq.checkpoint import save
     from vitq.quantizers import LogGrid, Uniform
@@ -105,12 +109,18 @@ def calibrate(
             found = {"num_images": opened.num_listed} | asdict(expected(loaded, chosen, opened, device, learning))
         else:
             few = min(trial_size(batch_size, ATTRIBUTED), opened.num_listed)
-            sample, _ = memory.images(replace(reading, num_images=few), loaded.data_config, loaded.label_names)
 
-            def work(folder: Path) -> None:
-                save(fit(loaded, chosen, sample, recipe, device, symmetric), folder / CHECKPOINT)
+            def sample(count: int) -> "Images":
+                return memory.images(replace(reading, num_images=count), loaded.data_config, loaded.label_names)[0]
 
-            found = tried(terminal, work, sample, opened.num_listed, started)
+            def work(images: "Images", folder: Path) -> None:
+                save(fit(loaded, chosen, images, recipe, device, symmetric), folder / CHECKPOINT)
+
+            if recipe in AT_ONCE and opened.num_listed > 2 * few:
+                found = tried_twice(terminal, work, sample(few), sample(2 * few), opened.num_listed, started)
+            else:
+                some = opened if recipe in AT_ONCE else sample(few)
+                found = tried(terminal, partial(work, some), some, opened.num_listed, started)
         say_estimate(terminal, f"recipe {recipe}", {"recipe": recipe} | found, f"under {scratch or path.parent}")
         return
     with terminal.keeping(scratch), terminal.watching(opened, "calibrate") as progress:
