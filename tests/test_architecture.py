@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A module or package of vitq may import those of the lines below its own, and its own files; nothing on its own line.
 FLOORS = (
-    ("errors", "choices"),
+    ("errors", "choices", "units"),
     ("whole",),
     ("artifacts",),
-    ("affine", "grid", "images", "latency", "moments", "processor", "units", "weights"),
+    ("affine", "grid", "images", "intervals", "latency", "moments", "preparation", "processor", "weights"),
     ("augmented", "models", "graph", "quantizers", "runtime"),
     ("rewrites", "fakequant"),
     ("ranges", "gradients"),
@@ -51,7 +51,8 @@ LIBRARIES = {
     "rich": {"report", "cli"},
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
-    "torch": set(FLOOR) - {"errors", "choices", "artifacts", "grid", "latency", "processor", "units", "allocation"},
+    "torch": set(FLOOR)
+    - {"errors", "choices", "artifacts", "grid", "intervals", "latency", "preparation", "processor", "units", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.

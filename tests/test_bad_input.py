@@ -20,7 +20,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "profile model --run-dir new": ("no images were given", "--images"),
     "profile model --images images --force --bits ,": ("--bits ','", "3,4,5"),
     "profile model --images images --force --bits 4.0": ("--bits '4.0'", "3,4,5"),
-    "profile model --images images --force --bits 1": ("bits 1 cannot be priced", "from 2 to 8"),
+    "profile model --images images --force --bits 1": ("--bits '1' is not understood", "from 2 to 8"),
     "profile model --images images --force --bits 1e300": ("--bits '1e300'", "from 2 to 8"),
     "profile model --images images --force --metric output_fisher": ("metric 'output_fisher'", "output-fisher"),
     "profile model --images images --force --num-images -1": ("--num-images", "greater than or equal to 1"),
@@ -53,7 +53,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "allocate --force --budget like=9": ("budget 'like=9'", "from 2 to 8"),
     "allocate --force --uniform 4.5": ("--uniform: '4.5'", "from 2 to 8"),
     "allocate --force --uniform 4 --budget 4": ("both budgets and a uniform width", "--uniform 4"),
-    "allocate --force --budget 4 --bits 9": ("--bits 9", "2,3,4,5,6,7,8"),
+    "allocate --force --budget 4 --bits 9": ("--bits '9'", "from 2 to 8"),
     "allocate --force --budget 4 --metric hawq": ("metric 'hawq' is not in the profile", "output-fisher"),
     "allocate --force --budget 4 --objective summ": ("objective 'summ'", "pairwise"),
     "allocate --force --budget 4 --gamma nan --objective gamma": ("--gamma nan", "above 1"),
@@ -70,7 +70,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "calibrate --force --recipe reconstruct --iterations 0": ("--iterations", "greater than or equal to 1"),
     "calibrate --force -o images": ("images is a folder", "give -o a file"),
     # export
-    "export --force --opset 0": ("opset 0", "21 to 25"),
+    "export --force --opset 0": ("--opset", "greater than or equal to 21"),
     "export --force --opset x": ("--opset", "valid integer"),
     "export --force --batch 1e3": ("--batch '1e3'", "a number of images"),
     "export --force --batch 1000000000000": ("--batch '1000000000000'", "at most"),
@@ -90,7 +90,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "bench --max-ms nan": ("--max-ms", "0"),
     "bench --layers --baselines": ("--layers", "--baselines"),
     "report vitq-run --run-dir other": ("two run folders", "give one"),
-    "synthesize model --max-minutes nan -o new.safetensors": ("nan minutes", "more than 0"),
+    "synthesize model --max-minutes nan -o new.safetensors": ("--max-minutes nan", "more than 0"),
     "synthesize model -o new.png": ("new.png", ".safetensors"),
     "demo --run-dir images": ("images exists already", "--force"),
     "bake": ("bake",),
@@ -100,7 +100,9 @@ USAGE: dict[str, tuple[str, ...]] = {
 
 INPUT: dict[str, tuple[str, ...]] = {
     # what is not there
-    "profile gone --images images": ("'gone' is no file, folder or timm model", "give one of these"),
+    "profile gone --images images": ("'gone' is no file, folder or timm model; give a path", "timm.list_models()"),
+    "profile no_such_model_x --images images": ("'no_such_model_x' is no file, folder or timm model; give a path",),
+    "profile deit_smal_patch16_224 --images images": ("(near: deit_small_patch16_224, deit3_small_patch16_224",),
     "profile vit_tny_patch16_224 --images images": ("'vit_tny_patch16_224'", "near: vit_tiny_patch16_224"),
     "profile model --images gone": ("gone does not exist", "give a folder of images"),
     "allocate gone.json --budget 4": ("gone.json does not exist", "vitq profile"),
@@ -160,7 +162,7 @@ INPUT: dict[str, tuple[str, ...]] = {
     "profile model --images images --force --arch resnet18": ("does not fit resnet18", "--arch"),
     "profile model --images images --force -o model/config.json/x.json": ("a file where a folder is needed", "give a path"),
     "demo --run-dir model/config.json/x": ("a file where a folder is needed", "give a path"),
-    "profile a\0b --images images": ("'a\\x00b' is no file", "give one of these"),
+    "profile a\0b --images images": ("'a\\x00b' is no file", "give a path that exists"),
 }
 """Exit code 3."""
 

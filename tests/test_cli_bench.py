@@ -1,5 +1,6 @@
 """`vitq bench` on a finished run folder: what it prints and saves, its gate and its faults."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,8 @@ def test_files_and_baselines_in_one_document(session: Path):
     files = {found["name"]: found for found in done.document["files"]}
     assert list(files) == names
     assert files["again.onnx"]["file_bytes"] == (session / "again.onnx").stat().st_size < files["float32"]["file_bytes"]
+    digest = hashlib.sha256((session / "again.onnx").read_bytes()).hexdigest()
+    assert files["again.onnx"]["digest"] == files["vitq-run/model.onnx"]["digest"] == digest != files["float32"]["digest"]
     assert all(found["load_ms"] > 0 and found["peak_memory_bytes"] != 0 for found in files.values())
     assert json.loads((session / "vitq-run" / "bench.json").read_text()) == done.document
     assert sorted(path.name for path in session.iterdir()) == ["again.onnx", "images", "model", "vitq-run"]

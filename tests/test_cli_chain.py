@@ -1,5 +1,6 @@
 """The commands on a tiny model: four bare ones after each other, what they remember, what they print, and `show` and `evaluate`."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,11 +18,12 @@ from huggingface_hub import ModelCard
 
 import vitq as vitq_package
 from vitq import checkpoint
-from vitq.accuracy import onnx_metadata, onnx_runnable
+from vitq.accuracy import onnx_runnable
 from vitq.artifacts import load_plan, load_profile, save
 from vitq.errors import UsageError
 from vitq.images import open_images, read_image
 from vitq.models import load
+from vitq.runtime import onnx_metadata
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_four_bare_commands_make_a_run_folder(chain: tuple[Path, list[Done]]):
     followups = ["vitq allocate --budget 4.0", "vitq calibrate", "vitq export", "vitq evaluate vitq-run/model.onnx --images PATH"]
     assert [done.err.strip().splitlines()[-1] for done in said] == [f"next: {command}" for command in followups]
     assert ["preprocessing: RGB" in done.err for done in said] == [True, False, False, False]
-    begun = ["profile: 24 images ...", None, "calibrate: 24 images ...", "verify: 24 images ..."]  # there is no terminal here
+    begun = ["profile: 24 images ...", None, "calibrate: 24 images ...", "export: 24 images ..."]  # there is no terminal here
     assert all(line is None or line in done.err.splitlines() for done, line in zip(said, begun, strict=True))
     assert "/" not in load_profile(folder / "vitq-run" / "profile.json").made_from["model"]["source"]
     plan = load_plan(folder / "vitq-run" / "plan.json")
@@ -68,6 +70,7 @@ def test_evaluate_equals_a_computation_by_hand(session: Path):
         kl += (wanted.softmax(1) * (wanted.log_softmax(1) - given.log_softmax(1))).sum(1).tolist()
     found = done.document
     assert found["num_images"] == NUM_IMAGES
+    assert found["digest"] == hashlib.sha256((session / "vitq-run" / "model.onnx").read_bytes()).hexdigest()
     assert found["top1"] == pytest.approx(100 * np.mean(right))
     assert found["agreement"] == pytest.approx(100 * np.mean(agreeing))
     assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
@@ -164,7 +167,7 @@ def test_unlabelled_images_have_no_top1(session: Path):
     for path in (session / "images").rglob("*.png"):
         shutil.copy(path, flat)
     found = vitq("evaluate", "vitq-run/model.onnx", "--images", "flat", "--json", folder=session)
-    assert set(found.document) == {"num_images", "agreement", "agreement_margin", "kl", "kl_margin"}
+    assert set(found.document) == {"num_images", "digest", "agreement", "agreement_margin", "kl", "kl_margin"}
     shutil.rmtree(session / "images" / "class0")  # labels would mean other classes than the model's
     found = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", folder=session)
     assert "top1" not in found.document and "has no labels of the model's 5 classes" in found.err
@@ -239,10 +242,17 @@ def test_stdout_of_a_process_is_pure(session: Path):
         assert "\x1b" not in done.stdout + done.stderr
 
 
-def test_quiet_says_the_result_only(session: Path):
-    done = vitq("allocate", "--uniform", "4", "--force", "-q", folder=session)
-    assert (done.code, done.err) == (0, "")
-    assert "wrote vitq-run" in done.out
+def test_quiet_says_errors_only(session: Path):
+    plan = session / "vitq-run" / "plan.json"
+    before = plan.read_bytes()
+    assert vitq("allocate", "--uniform", "3", "--force", "-q", folder=session) == Done(0, "", "")
+    assert plan.read_bytes() != before
+    assert vitq("show", "vitq-run", "-q", "-v", folder=session) == Done(0, "", "")
+    metrics = ("--metric", "sensitivity", "--bits", "4", "--num-images", 4)
+    assert vitq("profile", "model", "--images", "images", *metrics, "--force", "-q", folder=session) == Done(0, "", "")
+    assert vitq("show", "vitq-run/plan.json", "-q", "--json", folder=session).document["kind"] == "plan"
+    refused = vitq("allocate", "--uniform", "4", "-q", folder=session)
+    assert refused.code == 2 and "plan.json exists already" in refused.err
 
 
 def test_uniform_and_fixed_reach_the_plan(session: Path):
@@ -294,7 +304,7 @@ def test_a_backbone_from_a_weights_file_alone(session: Path):
         done = vitq(*command, "--run-dir", "r", folder=session)
         assert done.code == 0, done.err
     found = vitq("evaluate", "r/model.onnx", "--images", "images", "--json", folder=session).document
-    assert set(found) == {"num_images", "cosine", "cosine_margin", "relative_error", "relative_error_margin"}
+    assert set(found) == {"num_images", "digest", "cosine", "cosine_margin", "relative_error", "relative_error_margin"}
     assert found["cosine"] > 0.99
 
 

@@ -1,19 +1,24 @@
 """`vitq show` of saved results, latency tables and images, at any width, and the small maps that allocate and profile end with."""
 
+import hashlib
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from allocation_problems import deit, make_latencies, make_profile, make_table
-from cli_session import vitq
+from cli_session import environment, vitq
 from safetensors.torch import save_file
 
 from vitq.allocation import allocate
 from vitq.artifacts import WIDTHS, Profile, save
 from vitq.cli.layer_table import layer_rows, layer_table
+from vitq.cli.run_folder import _results
 
 LAYERS = [layer.model_copy(update={"block": re.sub(r"\.(attn|mlp)$", "", layer.block)}) for layer in deit(blocks=3)]
 
@@ -30,7 +35,7 @@ def run(tmp_path: Path, found: Profile) -> Path:
     save(found, folder / "profile.json")
     save(allocate(found, ["4.0"]).plan, folder / "plan.json")
     save(make_latencies(LAYERS, random.Random(0)), folder / "latency.json")
-    evaluated = {"num_images": 50, "top1": 71.25, "top1_margin": 1.5, "agreement": 90.5, "kl": 0.01234}
+    evaluated = {"num_images": 50, "top1": 71.25, "top1_margin": 1.5, "top5": 100.0, "top5_margin": 0.0, "agreement": 90.5, "kl": 0.01234}
     results = {"model.onnx": evaluated, "a name that is long enough for its line " * 3: {"num_images": 7}}
     (folder / "evaluate.json").write_text(json.dumps(results))
     row = {"name": "model.onnx", "batch": 8, "threads": 2, "median_ms": 4.25, "p90_ms": 5.5, "images_per_second": 1882.4, "speedup": 1.0}
@@ -43,7 +48,7 @@ def run(tmp_path: Path, found: Profile) -> Path:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("evaluate.json", ["model.onnx", "50", "71.25", "90.50", "0.0123"]),
+        ("evaluate.json", ["model.onnx", "50", "71.25", "57.5 to 81.9", "90.50", "100.00", "92.9 to 100.0", "0.0123"]),
         ("bench.json", ["model.onnx", "8", "4.25", "5.50", "1882.4", "1.00"]),
         ("latency.json", ["8", "2 to 7"]),
         ("images.safetensors", ["3 of 3 x 8 x 8, without labels"]),
@@ -103,8 +108,7 @@ def test_allocate_ends_with_a_map_of_the_bits(run: Path, found: Profile):
     assert "head 8" in apart
 
 
-def test_nothing_is_drawn_for_machines_and_the_quiet(run: Path, found: Profile):
-    assert "blocks.1" not in vitq("allocate", run / "profile.json", "--uniform", "4", "--force", "-q").out
+def test_nothing_is_drawn_for_machines(run: Path):
     assert "objective" in vitq("allocate", run / "profile.json", "--uniform", "4", "--force", "--json").document
 
 
@@ -119,3 +123,48 @@ def test_a_map_of_costs_shows_each_layers_part(found: Profile, capsys: pytest.Ca
     for layer in (layer for layer in LAYERS if layer.block.startswith("blocks.")):
         percent = 100 * costs[layer.name] / sum(costs.values())
         assert laid[layer.block][layer.type] == ("." if percent < 0.5 else f"{percent:.0f}")
+
+
+def test_files_that_need_no_model_are_shown_without_torch(run: Path):
+    """Loading it takes seconds. One process shows them all."""
+    names = ["evaluate.json", "bench.json", "latency.json", "images.safetensors", "profile.json", "plan.json", "gone.onnx"]
+    code = f"""
+import sys
+from vitq.cli.app import main
+for name in {names}:
+    try:
+        main(["show", name])
+    except SystemExit as ended:
+        print(name, ended.code, "torch" in sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=run, env=environment(), capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if line.endswith(("True", "False"))]
+    assert said == [f"{name} 0 False" for name in names[:-1]] + ["gone.onnx 3 False"], done.stderr
+
+
+def test_a_result_is_stale_where_the_file_beside_it_is_another(run: Path):
+    """By the sha256 of what was measured, whatever the files' times; of results without one, by their times."""
+    file, bench = run / "model.onnx", json.loads((run / "bench.json").read_text())
+
+    def results(digest: str | None) -> None:
+        known = {} if digest is None else {"digest": digest}
+        (run / "evaluate.json").write_text(json.dumps({"model.onnx": {"num_images": 50} | known, "gone.onnx": {"num_images": 7} | known}))
+        loaded = {"name": "run/model.onnx", "file_bytes": 1, "load_ms": 1.0} | known
+        (run / "bench.json").write_text(json.dumps(bench | {"files": [loaded, loaded | {"name": "float32"}]}))
+
+    def stale() -> dict[str, str | None]:
+        return {name: what for name, _, what in _results(run) if name in ("evaluate.json", "bench.json")}
+
+    results(hashlib.sha256(b"one").hexdigest())
+    assert set(stale().values()) == {None}  # nothing beside them
+    file.write_bytes(b"one")
+    os.utime(file, (2e9, 2e9))
+    assert set(stale().values()) == {None}
+    file.write_bytes(b"another")
+    os.utime(file, (1e9, 1e9))
+    again = {"evaluate.json": f"`vitq evaluate {file} --images PATH`", "bench.json": f"`vitq bench {file}`"}
+    assert stale() == {name: f"measured on another model.onnx than the one beside it; run {how} again" for name, how in again.items()}
+    results(None)
+    assert set(stale().values()) == {None}
+    os.utime(file, (2e9, 2e9))
+    assert stale() == {name: f"written before model.onnx, and may be of an earlier one; run {how} again" for name, how in again.items()}

@@ -1,12 +1,14 @@
 """Names after TAB: they are those of the registries, though no registry is imported for them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cli_session import vitq
+import timm
+from cli_session import environment, vitq
 
 from vitq.allocation.objectives import OBJECTIVES
 from vitq.allocation.presets import PRESETS
@@ -44,26 +46,40 @@ def test_a_registry_that_moved_is_a_fault():
         completion.names_in("units.py", "METRICS")
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["calibrate", "--recipe", "soup"], "recipe 'soup' is not known; give one of fast, "),
-        (["finetune", "--recipe", "fast"], "recipe 'fast' is not known; give one of lsq, ofq"),
-        (["profile", "model", "--metric", "sqnr", "--metric", "luck"], "metric 'luck' is not known; give one of output-fisher, "),
-        (["export", "--storage", "attic"], "storage 'attic' is not known; give one of packed, "),
-    ],
-)
-def test_an_unknown_name_is_refused_before_torch_is_loaded(words: list[str], said: str):
+REFUSED = {
+    "calibrate --recipe soup": "recipe 'soup' is not known; give one of fast, ",
+    "finetune --recipe fast": "recipe 'fast' is not known; give one of lsq, ofq",
+    "profile model --metric sqnr --metric luck": "metric 'luck' is not known; give one of output-fisher, ",
+    "profile model --sensitivity-baseline w4a4": "sensitivity baseline 'w4a4' is not known; give one of fp32, w8a8, uniform 2, ",
+    "profile model --images . --bits 4,9": "--bits '4,9' is not understood; give widths from 2 to 8",
+    "profile model --img-size 0": "--img-size",
+    "profile model --explain gone.png": "gone.png does not exist; give --explain a PNG or JPEG file",
+    "export --storage attic": "storage 'attic' is not known; give one of packed, ",
+    "export --opset 26": "--opset",
+    "synthesize model --max-minutes 0": "--max-minutes 0 cannot be used; give more than 0",
+    "finetune --max-minutes nan": "--max-minutes nan cannot be used; give more than 0",
+    "finetune --epochs 0": "--epochs 0 cannot be used; give more than 0",
+    "finetune --hflip 2": "--hflip",
+}
+
+
+def test_what_needs_no_model_is_refused_before_torch_is_loaded(tmp_path: Path):
+    (tmp_path / "model").mkdir()
     code = f"""
 import sys
 from vitq.cli.app import main
-try:
-    main({words})
-except SystemExit as ended:
-    print(ended.code, "torch" in sys.modules)
+for words in {list(REFUSED)}:
+    print(words, file=sys.stderr)
+    try:
+        main(words.split())
+    except SystemExit as ended:
+        print(ended.code, "torch" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["2", "False"] and said in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["3 False" if "gone" in words else "2 False" for words in REFUSED]
+    said = re.split("|".join(map(re.escape, REFUSED)), done.stderr)[1:]
+    for words, message, expected in zip(REFUSED, said, REFUSED.values(), strict=True):
+        assert expected in message, words
 
 
 def test_a_shell_is_offered_names(monkeypatch: pytest.MonkeyPatch):
@@ -72,6 +88,19 @@ def test_a_shell_is_offered_names(monkeypatch: pytest.MonkeyPatch):
     assert offered(monkeypatch, "profile", "--lrp-target", "") == ["pred", "label"]
     assert offered(monkeypatch, "allocate", "--objective", "nothing") == []
     assert "calibrate" in offered(monkeypatch, "cal")
+
+
+def test_models_are_timms_names_and_what_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert completion.architectures("") == sorted(timm.list_models())
+    (tmp_path / "deit_mine").mkdir()
+    (tmp_path / "deit_[1].safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert offered(monkeypatch, "profile", "deit_t") == timm.list_models("deit_t*")
+    assert offered(monkeypatch, "show", "deit_") == ["deit_[1].safetensors", "deit_mine", *timm.list_models("deit_*")]
+    assert offered(monkeypatch, "show", "deit_[") == ["deit_[1].safetensors"]
+    assert offered(monkeypatch, "synthesize", "") == ["deit_[1].safetensors", "deit_mine"]
+    for words in (("profile", "x", "--arch"), ("evaluate", "x", "--reference"), ("calibrate", "--model")):
+        assert offered(monkeypatch, *words, "swin_tiny_p") == timm.list_models("swin_tiny_p*")
 
 
 def test_completion_can_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

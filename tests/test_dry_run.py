@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from cli_session import NUM_IMAGES, make_chain, make_images, make_model, vitq
 
-from vitq.cli.dry_run import trial_size, tried
+from vitq.bench import child
+from vitq.cli.dry_run import trial_size, tried, tried_twice
 from vitq.cli.terminal import Terminal
-from vitq.images import open_images
+from vitq.images import Images, open_images
 from vitq.models import load
 
 
@@ -73,3 +74,21 @@ def test_an_estimate_of_disk_is_the_file(session: Path):
     assert "export would take about" in said.out and " of disk, in vitq-run" in said.out
     found = vitq("export", "--dry-run", "--json", folder=session).document
     assert found["disk_bytes"] == (session / "vitq-run" / "model.onnx").stat().st_size
+
+
+def test_what_holds_all_images_grows_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a clock and a memory that only the work moves: 5 s and 3 s an image, 1000 bytes and 20 an image, none of them forgotten."""
+    now, peak = [100.0], [500]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(child, "peak_memory", lambda: peak[0])
+    make_images(tmp_path / "images")
+    config = load(str(make_model(tmp_path / "model"))).data_config
+    fewer, more = (open_images(tmp_path / "images", config, count) for count in (8, 16))
+
+    def work(images: Images, folder: Path) -> None:
+        now[0] += 5 + 3 * images.num_listed
+        peak[0] = 1000 + 20 * images.num_listed
+        (folder / "made").write_bytes(b"12345")
+
+    found = tried_twice(Terminal(True, False, False), work, fewer, more, 100, started=93.0)
+    assert found == {"num_images": 100, "seconds": 7 + 5 + 3 * 100, "memory_bytes": 1000 + 20 * 100, "disk_bytes": 5}

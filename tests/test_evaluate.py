@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitq.accuracy import Estimate, Evaluation, evaluate, onnx_metadata, onnx_runnable
+from vitq.accuracy import Estimate, Evaluation, evaluate, onnx_runnable
+from vitq.cli.evaluate import _lines
 from vitq.errors import InputError
+from vitq.runtime import onnx_metadata
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -77,6 +79,15 @@ def test_small_differences_are_seen():
     p, q = (log_softmax(x.double().numpy()) for x in (reference, logits))
     assert found.kl is not None and 0 < found.kl.mean < 1e-6
     assert found.kl.mean == pytest.approx(float((np.exp(p) * (p - q)).sum(1).mean()), rel=1e-4)
+
+
+def test_people_are_told_an_interval_of_a_share_that_is_all_or_nothing():
+    """Wilson's at the ends, written out: n of n is at least n / (n + z^2)."""
+    lines = _lines(Evaluation(40, top1=Estimate(0.0, 0.0), agreement=Estimate(100.0, 0.0), kl=Estimate(0.25, 0.125)))
+    end = 100 * 40 / (40 + 1.959964**2)
+    assert lines[0].split() == ["top1", "0", "%", "(0.0", "to", f"{100 - end:.1f})"]
+    assert lines[1].split() == ["agreement", "100", "%", f"({end:.1f}", "to", "100.0)"]
+    assert lines[2].split() == ["kl", "0.25", "±", "0.12", "nats", "an", "image"]
 
 
 def test_paired_margins_are_narrower_than_those_of_two_runs():

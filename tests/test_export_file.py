@@ -239,7 +239,10 @@ def test_later_opsets_compute_the_same(
 
 def test_a_fixed_batch(vit: Checkpoint, exported: tuple[Path, ExportReport], tmp_path: Path) -> None:
     path, images = tmp_path / "model.onnx", random_images(7, (3, 32, 32))
-    report = export(vit, path, list(images.split(2)), batch=3)
+    stages: list[tuple[float, float, str]] = []
+    report = export(vit, path, list(images.split(2)), batch=3, progress=lambda *stage: stages.append(stage))
+    assert [(begun, whole) for begun, whole, _ in stages] == [(at, 5) for at in range(1, 6)]
+    assert stages[1][2] == "2 of 5, lower"
     assert report.not_fused == ()
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
     expected = run(exported[0], images)

@@ -15,7 +15,8 @@ from timm.data import ImageDataset, create_transform
 from torchvision.transforms import functional
 
 from vitq.errors import InputError
-from vitq.images import Images, describe, open_images
+from vitq.images import Images, open_images
+from vitq.preparation import describe
 
 CONFIG = {
     "input_size": [3, 16, 16], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3],

@@ -187,8 +187,8 @@ def damaged(**changes) -> dict:
 
 
 @pytest.mark.parametrize(("changes", "text"), [
-    ({"norm__weight": None}, "1 tensors: missing norm.weight"),
-    ({"extra": torch.zeros(2)}, "1 tensors: unexpected extra"),
+    ({"norm__weight": None}, "1 tensor: missing norm.weight"),
+    ({"extra": torch.zeros(2)}, "1 tensor: unexpected extra"),
     ({"head__weight": torch.zeros(5, 31)}, r"wrong shape head.weight: \(5, 31\) stored, \(5, 32\) needed"),
     ({"pos_embed": torch.zeros(1, 26, 32)}, r"wrong shape pos_embed: \(1, 26, 32\) stored, \(1, 17, 32\) needed"),
     ({"norm__weight": torch.ones(32, dtype=torch.int8)}, "wrong type norm.weight: torch.int8 stored"),

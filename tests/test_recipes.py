@@ -115,9 +115,17 @@ def test_eight_bits_are_near_the_float_model(recipe: str, graph: Graph):
     model, _ = captured("vit")
     x = images(8, 32, seed=9)
     batches = in_batches(images(16, 32), 8)
-    module = RECIPES[recipe](graph, plan_for(graph, "vit", 8), batches, **quickly(recipe)).quantized_module()
+    told: dict[str, list[float]] = {}
+
+    def progress(done: float, whole: float, name: str) -> None:
+        told.setdefault(name, []).append(done / whole)
+
+    module = RECIPES[recipe](graph, plan_for(graph, "vit", 8), batches, progress=progress, **quickly(recipe)).quantized_module()
     with torch.no_grad():
         assert float((module(x) - model(x)).norm() / model(x).norm()) < 0.15
+    if recipe not in LEARNING:  # these count layers, of each name from the first to the last
+        count = len(graph.layers)
+        assert told and all(parts == [pytest.approx((at + 1) / count) for at in range(count)] for parts in told.values())
 
 
 @pytest.mark.parametrize("family", ["swin", "levit", "cait"])

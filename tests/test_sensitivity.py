@@ -258,8 +258,11 @@ def test_options_that_cannot_be_used():
 
 
 def test_a_finished_journal_answers_without_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    subject = replace(subject_of(), journal=tmp_path / "runs" / "journal.jsonl")
+    told: list[float] = []
+    subject = replace(subject_of(), journal=tmp_path / "runs" / "journal.jsonl", progress=told.append)
     table = sensitivity(subject)
+    assert len(told) == 2 * 3 * len(subject.graph.layers) == len(set(told))  # each measurement of each batch, in images
+    assert told == sorted(told) and told[0] == 0 and told[len(told) // 2] == told[-1] - told[len(told) // 2 - 1] > 1
     written = (tmp_path / "runs" / "journal.jsonl").read_bytes()
     lines = [json.loads(line) for line in written.splitlines()]
     assert len(lines) == 1 + 2 * (1 + 3 * len(subject.graph.layers))  # header; two batches of a baseline and three widths a layer

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from vitq.accuracy import onnx_metadata, onnx_runnable
+from vitq.accuracy import onnx_runnable
 from vitq.artifacts import BitPlan, LayerBits
 from vitq.calibration.fast import calibrate_fast
 from vitq.images import open_images, read_image
 from vitq.models import load
 from vitq.onnx_file import export
 from vitq.rewrites import prepare
+from vitq.runtime import onnx_metadata
 
 SERVE = Path(__file__).parents[1] / "examples" / "serve.py"
 COUNT = 40

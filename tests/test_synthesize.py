@@ -300,3 +300,16 @@ def test_the_next_command_loads_the_same_model(session: Path):
     assert done.err.splitlines()[-1] == (
         "next: vitq profile model/model.safetensors --arch vit_tiny_patch16_224 --images 'by arch.safetensors'"
     )
+
+
+def test_another_models_images_are_pixels_without_labels(session: Path):
+    """Its labels say nothing to a model with other classes, fewer here than they number."""
+    make_model(session / "other", classes=3, seed=1)
+    images = ("--images", "vitq-run/images.safetensors")
+    said = "vitq-run/images.safetensors was made from another model, model: its images are used, any labels are not"
+    own, foreign = (vitq("evaluate", model, *images, "--json", folder=session) for model in ("model", "other"))
+    assert (own.code, foreign.code) == (0, 0), foreign.err
+    assert own.document.keys() >= {"top1", "top5"} and not foreign.document.keys() & {"top1", "top5"}
+    assert said in foreign.err and "another model" not in own.err
+    empirical = vitq("profile", "other", *images, "--metric", "lampq", "--fisher", "empirical", "--run-dir", "other-run", folder=session)
+    assert empirical.code == 3 and said in empirical.err and "needs labels and the images have none" in empirical.err

@@ -3,12 +3,10 @@
 Differences from the float model are paired, image by image, so their intervals are much narrower than those of two separate runs.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,27 +98,6 @@ def onnx_runnable(path: str | Path, threads: int = 0) -> Runnable:
         return torch.from_numpy(session.run(None, {given.name: filled.numpy()})[0])[: len(images)]
 
     return run
-
-
-def onnx_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata that `export` wrote into an ONNX file, its values parsed from JSON where they are JSON.
-
-    Raises:
-        InputError: onnxruntime cannot load the file, or its metadata are no text.
-    """
-    session = open_session(path, 1)
-    try:
-        found = session.get_modelmeta().custom_metadata_map
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is damaged: its metadata are no UTF-8; `vitq export` writes a new one") from None
-    return {name: _parsed(value) for name, value in found.items()}
-
-
-def _parsed(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 class _Sum:

@@ -29,6 +29,7 @@ from torch.nn.modules.module import (
 )
 
 from vitq.errors import InputError
+from vitq.units import counted
 from vitq.weights import SUFFIXES, count_classes, fit, load_strictly, read_tensors, refuse_not_finite
 
 LARGEST = 2**16
@@ -153,9 +154,12 @@ def _load_local(
 def _load_pretrained(name: str, num_classes: int | None, img_size: int | None, extra: dict[str, Any]) -> LoadedModel:
     default = _default_config(name)
     if not any(default.get(place) for place in ("url", "hf_hub_id", "file")):
-        raise InputError(f"timm has no weights for {name}; give a checkpoint file, or one of: {_near(name, timm.list_pretrained())}")
+        near = _near(name, timm.list_pretrained())
+        raise InputError(f"timm has no weights for {name}; give a checkpoint file{f', or one of: {near}' if near else ''}")
     if num_classes not in (None, 0, default["num_classes"]):
-        raise InputError(f"{name} has {default['num_classes']} classes, not {num_classes}; leave --num-classes out or give a checkpoint")
+        raise InputError(
+            f"{name} has {counted(default['num_classes'], 'class')}, not {num_classes}; leave --num-classes out or give a checkpoint"
+        )
     # The tag pins the weights and their input size: timm's default tag may move.
     architecture = f"{default['architecture']}.{default['tag']}" if default.get("tag") else name
     arguments = _sized(extra, default, default, img_size)
@@ -215,7 +219,9 @@ def _default_config(architecture: str) -> dict[str, Any]:
     """The pretrained_cfg that timm has for an architecture, with or without a tag; InputError with near matches where timm knows none."""
     base, _, tag = architecture.partition(".")
     if not timm.is_model(base):
-        raise InputError(f"{architecture!r} is no file, folder or timm model (near: {_near(base, timm.list_models())}); give one of these")
+        near = _near(base, timm.list_models())
+        remedy = f" (near: {near}); give one of these" if near else "; give a path that exists, or a name that `timm.list_models()` has"
+        raise InputError(f"{architecture!r} is no file, folder or timm model{remedy}")
     try:
         config = timm.get_pretrained_cfg(architecture)
     except RuntimeError:
@@ -226,7 +232,8 @@ def _default_config(architecture: str) -> dict[str, Any]:
 
 
 def _near(name: str, names: list[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4)) or "none (`timm.list_models()` lists all)"
+    """Up to three names that a slip of the keyboard may have been meant for; most often none of what is no name at all."""
+    return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.8))
 
 
 def _sized(arguments: dict[str, Any], config: dict[str, Any], default: dict[str, Any], img_size: int | None) -> dict[str, Any]:

@@ -55,6 +55,27 @@ def needed_options(session: onnxruntime.InferenceSession) -> dict[str, str]:
     return {name: value for name, value in INT8_ALLOWED.items() if found.get(name) == value} if isinstance(found, dict) else {}
 
 
+def onnx_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that `export` wrote into an ONNX file, its values parsed from JSON where they are JSON.
+
+    Raises:
+        InputError: onnxruntime cannot load the file, or its metadata are no text.
+    """
+    session = open_session(path, 1)
+    try:
+        found = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is damaged: its metadata are no UTF-8; `vitq export` writes a new one") from None
+    return {name: _parsed(value) for name, value in found.items()}
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def circumstances(needed: Mapping[str, str]) -> dict[str, Any]:
     """What a session's results and kernels depend on, as JSON: the runtime, its provider and options, the processor."""
     return {

@@ -9,6 +9,11 @@ def in_units(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
+def counted(number: int, noun: str) -> str:
+    """How many there are: (1, "image") -> "1 image", (3, "class") -> "3 classes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def in_minutes(seconds: float) -> str:
     """A time for people: 42 -> "42 s", 600 -> "10 min"."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.errors import InputError
+from vitq.units import counted
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 _WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -83,7 +84,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], unresized: dict
     if faults := _faults(module, tensors, unresized):
         shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         remedy = "give the right --arch, --num-classes, --img-size or --model-kwargs, or another file"
-        raise InputError(f"{file} does not fit {architecture}, {len(faults)} tensors: {shown}; {remedy}")
+        raise InputError(f"{file} does not fit {architecture}, {counted(len(faults), 'tensor')}: {shown}; {remedy}")
     for name, tensor in tensors.items():
         refuse_not_finite(name, tensor, str(file))
     module.load_state_dict(tensors, strict=True)

@@ -27,7 +27,19 @@ from vitq.images import Images
 from vitq.models import LoadedModel
 from vitq.rewrites import prepare
 
-__all__ = ["LEARNING", "RECIPES", "Estimate", "LayerError", "Learning", "Progress", "attribute", "calibrate", "discard", "expected"]
+__all__ = [
+    "AT_ONCE",
+    "LEARNING",
+    "RECIPES",
+    "Estimate",
+    "LayerError",
+    "Learning",
+    "Progress",
+    "attribute",
+    "calibrate",
+    "discard",
+    "expected",
+]
 
 RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "fast": calibrate_fast,
@@ -41,8 +53,11 @@ RECIPES: dict[str, Callable[..., Checkpoint]] = {
     "fima-q": calibrate_fima_q,
 }
 
+AT_ONCE = ("repq-vit", "mix-qvit", "erq", "adalog", "ptq4vit")
+"""The recipes that hold all images at once, so that memory grows with their number."""
+
 LEARNING = {"reconstruct": Learning(), "fima-q": FIMA_Q_LEARNING}
-"""The recipes that take a Learning and tell their progress, each with its default."""
+"""The recipes that take a Learning, each with its default."""
 
 
 def calibrate(
@@ -65,7 +80,7 @@ def calibrate(
         device: where to compute.
         symmetric: weights without zero points, which `--storage standard` needs; costs accuracy below 7 bits.
         learning: for the recipes of `LEARNING`: iterations, seed, scratch folder.
-        progress: for the recipes of `LEARNING`: is told how far it is.
+        progress: is told how far it is, between the passes over the images.
 
     Raises:
         UsageError: an unknown recipe, or one that does not learn given how to.
@@ -76,12 +91,12 @@ def calibrate(
     if learning is not None and recipe not in LEARNING:
         raise UsageError(f"recipe {recipe!r} has no iterations; give recipe {' or '.join(LEARNING)}")
     graph = _graph(model, plan, device)
-    options: dict[str, Any] = {"learning": learning or LEARNING[recipe], "progress": progress} if recipe in LEARNING else {}
+    options: dict[str, Any] = {"progress": progress} | ({"learning": learning or LEARNING[recipe]} if recipe in LEARNING else {})
     checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric, **options)
     errors = {name: asdict(error) for name, error in attribute(checkpoint, images).items()}
     calibrated_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
     calibration: dict[str, Any] = {"recipe": recipe, "images": calibrated_on} | ({"symmetric": True} if symmetric else {})
-    if options:
+    if recipe in LEARNING:
         calibration |= {"iterations": options["learning"].iterations, "seed": options["learning"].seed}
     return replace(checkpoint, errors=errors, made_from={**plan.made_from, "calibration": calibration})
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vitq.affine import QuantizedWeight
 from vitq.artifacts import BitPlan, Operand
 from vitq.calibration.assemble import assemble
+from vitq.calibration.blocks import Progress
 from vitq.calibration.channelwise import fit_in_sequence, fold_channelwise
 from vitq.checkpoint import Checkpoint
 from vitq.fitting import FITS
@@ -25,7 +26,9 @@ from vitq.quantizers import Quantizer
 from vitq.ranges import Batches, add
 
 
-def calibrate_adalog(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
+def calibrate_adalog(
+    graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, progress: Progress | None = None
+) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
     Args:
@@ -33,18 +36,19 @@ def calibrate_adalog(graph: Graph, plan: BitPlan, batches: Batches, symmetric: b
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images, 32 in the paper; held in memory.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
 
     Raises:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    folded, activations = fold_channelwise(graph, plan, batches, fit_adaptive)
+    folded, activations = fold_channelwise(graph, plan, batches, fit_adaptive, progress=progress)
 
     def weigh(weight: Tensor, x: Tensor, bits: int) -> QuantizedWeight:
         rows = x.reshape(-1, x.shape[-1])
         return weight_by_output(weight, rows.T @ rows / len(rows), bits, symmetric)
 
-    return assemble(folded, plan, fit_in_sequence(folded, plan, activations, batches, weigh, symmetric), activations)
+    return assemble(folded, plan, fit_in_sequence(folded, plan, activations, batches, weigh, symmetric, progress), activations)
 
 
 def fit_adaptive(x: Tensor, bits: int, operand: Operand, error: Callable[[Quantizer], float]) -> Quantizer:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from vitq.affine import QuantizedWeight, highest_code, quantize_weight
 from vitq.artifacts import BitPlan, Layer, Operand
+from vitq.calibration.blocks import Progress
+from vitq.calibration.ticks import tick
 from vitq.fitting.percentile import percentile_channels, percentile_log_sqrt2, percentile_uniform, percentile_weights
 from vitq.graph import Graph, run, tensor_of
 from vitq.graph.layers import operand_nodes
@@ -75,7 +77,12 @@ def fit_percentile(x: Tensor, bits: int, operand: Operand, error: Callable[[Quan
 
 
 def fold_channelwise(
-    graph: Graph, plan: BitPlan, batches: Batches, fit: Fit = fit_percentile, choose: Choose = lambda channels, *_: channels
+    graph: Graph,
+    plan: BitPlan,
+    batches: Batches,
+    fit: Fit = fit_percentile,
+    choose: Choose = lambda channels, *_: channels,
+    progress: Progress | None = None,
 ) -> tuple[Graph, dict[str, Quantizer]]:
     """The graph folded at the plan's bits, and the quantizers of its activations by `Operand.tensor`.
 
@@ -85,12 +92,14 @@ def fold_channelwise(
         batches: the calibration images; gone through once, held in memory.
         fit: fits the operands that no folded norm makes.
         choose: changes a norm's channels before they are folded.
+        progress: is told how far it is, layer by layer.
     """
     bits, layers = plan.bits, {layer.name: layer for layer in graph.layers}
     readers = {norm: names for norm, names in norm_readers(graph).items() if all(layers[name].type != "head" for name in names)}
     folded_away = {name for names in readers.values() for name in names}
     channels: dict[str, Channels] = {}
     activations: dict[str, Quantizer] = {}
+    told = tick(progress, len(graph.layers), "activations")
 
     def weight_of(name: str) -> tuple[Tensor, int]:
         width = bits[name].weight_bits
@@ -111,6 +120,7 @@ def fold_channelwise(
         operands = () if layer.name in folded_away else layer.activations
 
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            told()
             read = list(arguments)
             for position, operand in enumerate(operands):
                 if operand.tensor not in activations:
@@ -144,7 +154,13 @@ def folded_weights(folded: Graph, plan: BitPlan, symmetric: bool) -> dict[str, Q
 
 
 def fit_in_sequence(
-    folded: Graph, plan: BitPlan, activations: Mapping[str, Quantizer], batches: Batches, weigh: Weigh, symmetric: bool
+    folded: Graph,
+    plan: BitPlan,
+    activations: Mapping[str, Quantizer],
+    batches: Batches,
+    weigh: Weigh,
+    symmetric: bool,
+    progress: Progress | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Every layer's weight by layer name, each linear's fitted to what the layers before it, quantized, make of the images.
 
@@ -155,11 +171,14 @@ def fit_in_sequence(
         batches: the calibration images; gone through once, held in memory.
         weigh: fits a linear's weight; convolutions get `folded_weights`.
         symmetric: weights without zero points.
+        progress: is told how far it is, layer by layer.
     """
     found = folded_weights(folded, plan, symmetric)
+    told = tick(progress, len(folded.layers), "weights")
 
     def at_layer(layer: Layer) -> Intercept:
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            told()
             read = quantized_inputs(layer, activations, arguments)
             if not layer.has_weight:
                 return compute(*read, *arguments[len(read) :])

@@ -18,7 +18,9 @@ from torch import Tensor
 from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.artifacts import BitPlan, Layer
 from vitq.calibration.assemble import assemble
+from vitq.calibration.blocks import Progress
 from vitq.calibration.channelwise import fold_channelwise, quantized_inputs
+from vitq.calibration.ticks import tick
 from vitq.checkpoint import Checkpoint
 from vitq.fitting.halves import halved
 from vitq.fitting.inputs import InputMoments
@@ -32,7 +34,9 @@ RIDGE = 4.0
 """Lambda of both regressions, in units of the inputs' mean square."""
 
 
-def calibrate_erq(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, ridge: float = RIDGE) -> Checkpoint:
+def calibrate_erq(
+    graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, ridge: float = RIDGE, progress: Progress | None = None
+) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
     Args:
@@ -40,16 +44,18 @@ def calibrate_erq(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images, 32 in the paper; held in memory.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
         ridge: lambda of both regressions, in units of the inputs' mean square.
 
     Raises:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    folded, activations = fold_channelwise(graph, plan, batches)
+    folded, activations = fold_channelwise(graph, plan, batches, progress=progress)
     weights: dict[str, QuantizedWeight] = {}
     biases: dict[str, Tensor] = {}
     read_in_float: dict[str, Tensor] = {}
+    told = tick(progress, len(folded.layers), "weights")
 
     def keep(layer: Layer) -> Intercept:
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -60,6 +66,7 @@ def calibrate_erq(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool
 
     def at_layer(layer: Layer) -> Intercept:
         def intercept(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+            told()
             read = quantized_inputs(layer, activations, arguments)
             if not layer.has_weight:
                 return compute(*read, *arguments[len(read) :])

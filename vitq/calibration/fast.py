@@ -11,14 +11,16 @@ from torch import Tensor
 
 from vitq.artifacts import BitPlan
 from vitq.calibration.assemble import assemble
+from vitq.calibration.blocks import Progress
 from vitq.calibration.matching import match_moments
+from vitq.calibration.ticks import tick
 from vitq.checkpoint import Checkpoint
 from vitq.fitting import fit_operand, fit_weights, observe
 from vitq.graph import Graph
 from vitq.ranges import Batches, Histogram
 
 
-def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
+def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, progress: Progress | None = None) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
     Args:
@@ -26,12 +28,13 @@ def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: boo
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images; gone through three times.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
 
     Raises:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    return fit_fast(*observe(graph, batches), plan, batches, symmetric)
+    return fit_fast(*observe(graph, batches), plan, batches, symmetric, progress)
 
 
 def fit_fast(
@@ -41,6 +44,7 @@ def fit_fast(
     plan: BitPlan,
     batches: Batches,
     symmetric: bool = False,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """The recipe from the folded graph on, which does not depend on the plan: one fold serves many plans.
 
@@ -51,6 +55,7 @@ def fit_fast(
         plan: bits of every layer.
         batches: the calibration images; gone through once.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
     """
     bits = plan.bits
     activations = {
@@ -58,10 +63,10 @@ def fit_fast(
         for layer in folded.layers
         for operand in layer.activations
     }
-    weights = {
-        layer.name: fit_weights(folded, covariances, layer.name, [width], symmetric)[0]
-        for layer in folded.layers
-        if (width := bits[layer.name].weight_bits) is not None
-    }
+    weights, told = {}, tick(progress, len(folded.layers), "weights")
+    for layer in folded.layers:
+        if (width := bits[layer.name].weight_bits) is not None:
+            weights[layer.name] = fit_weights(folded, covariances, layer.name, [width], symmetric)[0]
+        told()
     weights, biases = match_moments(folded, activations, weights, batches)
     return assemble(folded, plan, weights, activations, biases)

@@ -18,6 +18,8 @@ from torch import Tensor
 from vitq.affine import quantize_weight, weight_qparams
 from vitq.artifacts import BitPlan, Layer
 from vitq.calibration.assemble import assemble
+from vitq.calibration.blocks import Progress
+from vitq.calibration.ticks import tick
 from vitq.checkpoint import Checkpoint
 from vitq.fitting.factors import channel_errors, power_of_two_factor
 from vitq.fitting.uniform import fit_min_max
@@ -29,7 +31,9 @@ from vitq.ranges import Batches, Histogram, histograms
 from vitq.rewrites import fold_factors
 
 
-def calibrate_fq_vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
+def calibrate_fq_vit(
+    graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, progress: Progress | None = None
+) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
     Args:
@@ -37,6 +41,7 @@ def calibrate_fq_vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric: b
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images; gone through twice.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
 
     Raises:
         InputError: the plan does not fit the graph.
@@ -48,8 +53,9 @@ def calibrate_fq_vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric: b
     activations: dict[str, Quantizer] = {tensor: fit_min_max(found[tensor], width) for tensor, width in bits.items()}
     roles = {operand.tensor: operand.role for layer in same.layers for operand in layer.activations}
     activations |= {tensor: Log2(1.0, bits[tensor]) for tensor, role in roles.items() if role == "post_softmax"}
-    weights = {}
+    weights, told = {}, tick(progress, len(same.layers), "weights")
     for layer in same.layers:
+        told()
         if (width := plan.bits[layer.name].weight_bits) is not None:
             weight = tensor_of(same.module, operand_nodes(same.layer_node(layer.name))[1])
             rows = weight.flatten(1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from vitq.affine import quantize_weight
 from vitq.artifacts import BitPlan
 from vitq.calibration.assemble import assemble
+from vitq.calibration.blocks import Progress
 from vitq.calibration.channelwise import Channels, fold_channelwise, folded_weights
 from vitq.checkpoint import Checkpoint
 from vitq.fitting.percentile import percentile_weights
@@ -35,7 +36,12 @@ _SMALLEST_SCALE = 1e-8
 
 
 def calibrate_mix_qvit(
-    graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, clips: tuple[float, ...] = CLIPS
+    graph: Graph,
+    plan: BitPlan,
+    batches: Batches,
+    symmetric: bool = False,
+    clips: tuple[float, ...] = CLIPS,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
@@ -44,6 +50,7 @@ def calibrate_mix_qvit(
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images; held in memory.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
         clips: the k to choose from, positive.
 
     Raises:
@@ -56,7 +63,7 @@ def calibrate_mix_qvit(
         some = rows[:: max(len(rows) // _ROWS, 1)]
         return min((clipped(channels, k) for k in clips), key=lambda candidate: readers_error(candidate, some, readers, symmetric))
 
-    folded, activations = fold_channelwise(graph, plan, batches, choose=choose)
+    folded, activations = fold_channelwise(graph, plan, batches, choose=choose, progress=progress)
     return assemble(folded, plan, folded_weights(folded, plan, symmetric), activations)
 
 

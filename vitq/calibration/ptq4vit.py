@@ -14,6 +14,7 @@ from torch import Tensor
 from vitq.affine import QuantizedWeight
 from vitq.artifacts import BitPlan
 from vitq.calibration.assemble import assemble
+from vitq.calibration.blocks import Progress
 from vitq.calibration.channelwise import fit_in_sequence
 from vitq.checkpoint import Checkpoint
 from vitq.fitting import FITS
@@ -28,7 +29,9 @@ from vitq.rewrites import fold_factors
 _TWIN = {"post_softmax", "post_gelu"}
 
 
-def calibrate_ptq4vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
+def calibrate_ptq4vit(
+    graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, progress: Progress | None = None
+) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
     Args:
@@ -36,6 +39,7 @@ def calibrate_ptq4vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric: 
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images, 32 in the paper; gone through three times and held in memory.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
 
     Raises:
         InputError: the plan does not fit the graph.
@@ -56,4 +60,4 @@ def calibrate_ptq4vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric: 
         rows = x.reshape(-1, x.shape[-1])
         return weight_by_output(weight, rows.T @ rows / len(rows), bits, symmetric)
 
-    return assemble(same, plan, fit_in_sequence(same, plan, activations, batches, weigh, symmetric), activations)
+    return assemble(same, plan, fit_in_sequence(same, plan, activations, batches, weigh, symmetric, progress), activations)

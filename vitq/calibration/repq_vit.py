@@ -10,13 +10,16 @@ no zero point and no integer beyond 64 (vitq/affine.py); see also channelwise.py
 
 from vitq.artifacts import BitPlan
 from vitq.calibration.assemble import assemble
+from vitq.calibration.blocks import Progress
 from vitq.calibration.channelwise import fold_channelwise, folded_weights
 from vitq.checkpoint import Checkpoint
 from vitq.graph import Graph
 from vitq.ranges import Batches
 
 
-def calibrate_repq_vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False) -> Checkpoint:
+def calibrate_repq_vit(
+    graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, progress: Progress | None = None
+) -> Checkpoint:
     """Calibrates a rewritten graph to a plan.
 
     Args:
@@ -24,10 +27,11 @@ def calibrate_repq_vit(graph: Graph, plan: BitPlan, batches: Batches, symmetric:
         plan: bits of every layer; checked against the graph's layers.
         batches: the calibration images, 32 in the paper; held in memory.
         symmetric: weights without zero points, at every width.
+        progress: is told how far it is, layer by layer.
 
     Raises:
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    folded, activations = fold_channelwise(graph, plan, batches)
+    folded, activations = fold_channelwise(graph, plan, batches, progress=progress)
     return assemble(folded, plan, folded_weights(folded, plan, symmetric), activations)

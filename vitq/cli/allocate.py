@@ -11,11 +11,11 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.bit_map import plan_map
-from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, run_folder
+from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,7 +91,10 @@ def allocate(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="The float model, to measure with. (default: the one that was profiled)")
+        str | None,
+        typer.Option(
+            "--model", autocompletion=completion.models, help="The float model, to measure with. (default: the one that was profiled)"
+        ),
     ] = None,
     images: options.RememberedImages = None,
     num_images: options.NumImages = None,
@@ -110,6 +113,7 @@ def allocate(
     terminal = Terminal(quiet, verbose, as_json)
     if (refine or audit) and not budget:
         raise UsageError("--refine and --audit measure plans of one budget, and none was given; give --budget 4.0, or leave them out")
+    refuse_missing_sources(model, images)
     folder = run_folder(run_dir, profile)
     alone = pareto is not None and not budget and uniform is None
     if alone and output is not None:
@@ -152,7 +156,7 @@ def allocate(
     plan = chosen.plan.model_copy(update={"made_from": chosen.plan.made_from | {"profile": digest_of(found)}})
     save(plan, path, force)
     unit = found.costs[plan.made_from["allocation"]["metric"]].unit
-    table = [plan_table(plan, found.layers)] if verbose else [] if quiet else plan_map(plan, found.layers)
+    table = [plan_table(plan, found.layers)] if verbose else plan_map(plan, found.layers)
     terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
     if uniform is None and (lowest := _no_choice(plan, min(found.costs[plan.made_from["allocation"]["metric"]].bits))) is not None:
         terminal.note(f"the budget leaves no choice: every searched layer gets {lowest} bits, the fewest; more than that is a choice")
@@ -174,7 +178,7 @@ def _counting(terminal: Terminal, refine: bool, audit: int) -> Iterator[Callable
 
     most = (1 + MOST_STEPS if refine else 0) + (audit + 2 if audit else 0)
     done = count()
-    with terminal.working("measure", f"{most} plans at most") as progress:
+    with terminal.working("measure", f"{counted(most, 'plan')} at most") as progress:
         yield lambda: progress(next(done), most, "plans")
 
 
@@ -187,7 +191,7 @@ def _judge(
     num_held_out: int | None,
     device: str,
     terminal: Terminal,
-    counted: Callable[[], None],
+    told: Callable[[], None],
 ) -> "tuple[Judge, Callable[[], Errors]]":
     """What plans are measured with: quantizers fitted to the profile's images, losses on others of the same source where it has others."""
     options.usable_device(device)
@@ -198,11 +202,11 @@ def _judge(
     held_out, _ = memory.images(
         replace(reading, num_images=num_held_out or reading.num_images, seed=source.seed + 1), loaded.data_config, loaded.label_names
     )
-    terminal.note(f"measuring plans on {held_out.num_listed} images ...")
+    terminal.note(f"measuring plans on {counted(held_out.num_listed, 'image')} ...")
     trials = Trials.of(loaded, fitting, held_out, device)
 
     def losses(plan: "BitPlan") -> list[float]:
-        counted()
+        told()
         return trials.losses(plan)
 
     judge = Judge(search, budgets, losses)
@@ -215,7 +219,7 @@ def refinement_lines(found: "Refinement") -> list[str]:
     lines = [f"{'kept' if step.kept else 'left'}  {step.up} up, {step.down} down: loss {step.loss:.4g}" for step in found.steps]
     return [
         *lines,
-        f"measured      {found.start:.4g} before and {found.loss:.4g} after {kept} pairs kept",
+        f"measured      {found.start:.4g} before and {found.loss:.4g} after {counted(kept, 'pair')} kept",
         *(["price         none: shadow prices are those of the plan before, which was the best predicted"] if kept else []),
     ]
 
@@ -226,7 +230,7 @@ def audit_table(found: "Audit") -> "Table":
     again = "" if found.repeatability is None else f", of one half of the images with the other {found.repeatability:.3f}"
     from rich.table import Table
 
-    table = Table(title=f"audit: {order} over {found.compared} plans of this budget{again}", box=None)
+    table = Table(title=f"audit: {order} over {counted(found.compared, 'plan')} of this budget{again}", box=None)
     for name in ("plan", "predicted", "measured"):
         table.add_column(name, justify="left" if name == "plan" else "right")
     for name, predicted, measured in zip(found.names, found.predicted, found.measured, strict=True):
@@ -257,7 +261,7 @@ def _write_staircase(
         written = f"wrote {path}; no plot: {error}"
     plans = staircase["plans"]
     ends = f"{plans[0]['budget']:g} bits +{plans[0]['objective']:.4g} to {plans[-1]['budget']:g} bits +{plans[-1]['objective']:.4g}"
-    return staircase, [f"{len(plans)} plans, {ends}", written]
+    return staircase, [f"{counted(len(plans), 'plan')}, {ends}", written]
 
 
 def _lines(report: dict[str, Any], unit: str) -> list[str]:

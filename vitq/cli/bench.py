@@ -10,19 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
-from vitq.cli.chain import BENCH, LATENCY, ONNX, PROFILE, REPORT, Memory, Reading, in_folder, output_path, run_folder
+from vitq.cli import completion, options
+from vitq.cli.chain import (
+    BENCH,
+    LATENCY,
+    ONNX,
+    PROFILE,
+    REPORT,
+    Memory,
+    Reading,
+    file_digest,
+    in_folder,
+    output_path,
+    refuse_missing_sources,
+    run_folder,
+)
 from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vitq.artifacts.results import Timed
     from vitq.bench import Row
     from vitq.latency import LatencyTable
-    from vitq.report.findings import Timed
 
 CALIBRATION_IMAGES = 8
 """Images that onnxruntime's quantize_static looks at; its speed does not depend on them."""
@@ -43,7 +56,8 @@ def bench(
         bool, typer.Option("--baselines", help="Also float32, and what onnxruntime's quantize_dynamic and quantize_static make of it.")
     ] = False,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="The float MODEL of --baselines. (default: the first file's)")
+        str | None,
+        typer.Option("--reference", autocompletion=completion.models, help="The float MODEL of --baselines. (default: the first file's)"),
     ] = None,
     images: options.RememberedImages = None,
     layers: Annotated[
@@ -61,6 +75,7 @@ def bench(
 ) -> None:
     """Measure latency, load time and memory of ONNX files, or of a model's layers."""
     terminal = Terminal(quiet, verbose, as_json)
+    refuse_missing_sources(reference, images)
     if output is not None:
         output_path(output, Path(), "", force)
     batches, threads = list(dict.fromkeys(batch or [1])), threads or usable_cores()
@@ -89,7 +104,7 @@ def bench(
             terminal.note("baselines: float32, quantize_dynamic, quantize_static")
             measured |= _baselines(files[0], folder, reference, images, made)
         with terminal.working(
-            "latency", f"{len(measured)} files in turn, {threads} threads, batch {', '.join(map(str, batches))}"
+            "latency", f"{counted(len(measured), 'file')} in turn, {counted(threads, 'thread')}, batch {', '.join(map(str, batches))}"
         ) as progress:
             rows = compare(measured, batches, threads, rounds, progress)
         shapes = {name: input_shape(open_session(file, threads), name, batches[0]) for name, file in measured.items()}
@@ -98,8 +113,8 @@ def bench(
             for done, (name, file) in enumerate(measured.items()):
                 progress(done, len(measured), name)
                 footprints[name] = footprint(file, shapes[name], threads)
-        sizes = {name: file.stat().st_size for name, file in measured.items()}
-    loaded = [{"name": name, "batch": batches[0], "file_bytes": sizes[name], **asdict(found)} for name, found in footprints.items()]
+        known = {name: {"digest": file_digest(file), "file_bytes": file.stat().st_size} for name, file in measured.items()}
+    loaded = [{"name": name, "batch": batches[0], **known[name], **asdict(found)} for name, found in footprints.items()]
     document = {"results": [asdict(row) for row in rows], "files": loaded}
     path = output or (folder / BENCH if (folder / PROFILE).is_file() else None)
     if path is not None:
@@ -117,7 +132,7 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
     found = load_profile(profile)
     from vitq.bench.layers import latency_table
 
-    what = f"of {found.model.architecture}, alone and together: {threads} threads, batch {batch}"
+    what = f"of {found.model.architecture}, alone and together: {counted(threads, 'thread')}, batch {batch}"
     with terminal.working("layers", what) as progress:
         table = latency_table(found.model, batch, threads, rounds, progress)
     table.check(found.layers, found.model.graph_digest)
@@ -153,8 +168,8 @@ def usable_cores() -> int:
 
 def _baselines(file: Path, folder: Path, reference: str | None, images: str | None, into: Path) -> dict[str, Path]:
     """The baselines of the model that a file was made from, or of the one that is given."""
-    from vitq.accuracy import onnx_metadata
     from vitq.bench import write_baselines
+    from vitq.runtime import onnx_metadata
 
     made_from = onnx_metadata(file).get("vitq.made_from")
     made_from = made_from if isinstance(made_from, dict) else {}

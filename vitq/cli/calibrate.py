@@ -3,8 +3,9 @@
 import math
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,11 +21,15 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
-from vitq.cli.dry_run import say_estimate, trial_size, tried
+from vitq.cli.dry_run import say_estimate, trial_size, tried, tried_twice
 from vitq.cli.layer_table import worst
+from vitq.cli.opening import say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
+
+if TYPE_CHECKING:
+    from vitq.images import Images
 
 RECIPE_HELP = (
     "fast: minutes, no gradients; reconstruct: the most accurate; "
@@ -49,7 +54,9 @@ def calibrate(
         bool, typer.Option("--symmetric", help="Weights without zero points, for export --storage standard; less accurate below 7 bits.")
     ] = False,
     dry_run: options.DryRun = False,
-    model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", autocompletion=completion.models, help="The float model. (default: the one that was profiled)")
+    ] = None,
     num_images: options.NumImages = None,
     seed: options.Seed = None,
     batch_size: options.BatchSize = 32,
@@ -77,9 +84,9 @@ def calibrate(
     path = output_path(output, folder, CHECKPOINT, force or dry_run)
     memory = plan_memory(chosen, source)
     options.usable_device(device)
+    from vitq.calibration import AT_ONCE, discard, expected
     from vitq.calibration import LEARNING as DEFAULTS
     from vitq.calibration import calibrate as fit
-    from vitq.calibration import discard, expected
     from vitq.calibration.attribution import IMAGES as ATTRIBUTED
     from vitq.checkpoint import save
     from vitq.quantizers import LogGrid, Uniform
@@ -90,6 +97,8 @@ def calibrate(
         loaded = memory.model(model, "--model")
     opened, remembered = memory.images(reading, loaded.data_config, loaded.label_names)
     terminal.preprocessing(loaded.data_config, chosen.model.data_config)
+    if images is not None:
+        say_foreign(terminal, loaded.digest, images)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     scratch, learning = None, None
     if recipe in LEARNING:
@@ -100,12 +109,18 @@ def calibrate(
             found = {"num_images": opened.num_listed} | asdict(expected(loaded, chosen, opened, device, learning))
         else:
             few = min(trial_size(batch_size, ATTRIBUTED), opened.num_listed)
-            sample, _ = memory.images(replace(reading, num_images=few), loaded.data_config, loaded.label_names)
 
-            def work(folder: Path) -> None:
-                save(fit(loaded, chosen, sample, recipe, device, symmetric), folder / CHECKPOINT)
+            def sample(count: int) -> "Images":
+                return memory.images(replace(reading, num_images=count), loaded.data_config, loaded.label_names)[0]
 
-            found = tried(terminal, work, sample, opened.num_listed, started)
+            def work(images: "Images", folder: Path) -> None:
+                save(fit(loaded, chosen, images, recipe, device, symmetric), folder / CHECKPOINT)
+
+            if recipe in AT_ONCE and opened.num_listed > 2 * few:
+                found = tried_twice(terminal, work, sample(few), sample(2 * few), opened.num_listed, started)
+            else:
+                some = opened if recipe in AT_ONCE else sample(few)
+                found = tried(terminal, partial(work, some), some, opened.num_listed, started)
         say_estimate(terminal, f"recipe {recipe}", {"recipe": recipe} | found, f"under {scratch or path.parent}")
         return
     with terminal.keeping(scratch), terminal.watching(opened, "calibrate") as progress:
@@ -127,7 +142,8 @@ def calibrate(
         document |= {"predicted_kl": math.fsum(error["kl"] or 0.0 for error in errors.values()), "layers": errors}
         unit = "nats per image" if chosen.model.num_classes else "half the relative squared error"
         lines.append(f"its layers cost {document['predicted_kl']:.4f} ({unit}) on the first of these images, most of all {worst(errors)}")
-    what = f"{len(chosen.layers)} layers calibrated by recipe {recipe} on {opened.num_images} images in {document['seconds']:.1f} s"
+    on = f"on {counted(opened.num_images, 'image')} in {document['seconds']:.1f} s"
+    what = f"{counted(len(chosen.layers), 'layer')} calibrated by recipe {recipe} {on}"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
     exports = all(isinstance(quantizer, Uniform | LogGrid) for quantizer in checkpoint.activations.values())
     terminal.next(in_folder("vitq export", path, CHECKPOINT) if exports else f"vitq evaluate {path} --images PATH")

@@ -220,6 +220,12 @@ def digest_of(profile: "Profile") -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def plan_memory(plan: "BitPlan", path: Path) -> Memory:
     """What a plan remembers; of one that was written by hand, what the profile beside it does."""
     made_from = plan.made_from

@@ -1,13 +1,18 @@
 """Names that options take, offered after TAB and checked at once; read from the registries' source, since importing those loads torch."""
 
 import ast
+import glob
+import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vitq.choices import BASELINES
 from vitq.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
+_REGISTERED = re.compile(rb"^@register_model\s*\n(?:@[^\n]*\n)*def\s+(\w+)", re.MULTILINE)
 
 
 def names_in(file: str, registry: str) -> list[str]:
@@ -31,6 +36,25 @@ trainings = _from("finetune/training.py", "RECIPES")
 storages = _from("onnx_file/storage.py", "STORAGES")
 objectives = _from("allocation/objectives.py", "OBJECTIVES")
 presets = _from("allocation/presets.py", "PRESETS")
+
+
+def architectures(incomplete: str) -> list[str]:
+    """The names of timm's models, read from its source: each is a function under `@register_model`."""
+    found = find_spec("timm")
+    files = Path(found.origin).parent.glob("models/*.py") if found and found.origin else ()
+    names = {name.decode() for file in files for name in _REGISTERED.findall(file.read_bytes())}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def models(incomplete: str) -> list[str]:
+    """What a MODEL or an artifact may be: files and folders, and timm's names once they have begun."""
+    places = sorted(glob.glob(glob.escape(incomplete) + "*"))  # noqa: PTH207 (a path as it was typed)
+    return places + (architectures(incomplete) if incomplete else [])
+
+
+def baselines(incomplete: str) -> list[str]:
+    """What the other layers run at while a layer's sensitivity is measured."""
+    return [name for name in BASELINES if name.startswith(incomplete)]
 
 
 def known(what: str, names: Callable[[str], list[str]]) -> Callable[[Any], Any]:

@@ -106,15 +106,15 @@ def _quantized(
     plan = plan.model_copy(update={"made_from": plan.made_from | {"profile": digest_of(found)}})
     save(found, folder / PROFILE, force=True)
     save(plan, folder / PLAN, force=True)
-    with terminal.watching(calibration, f"{name}: calibrate"):
-        calibrated = calibrate(model, plan, calibration)
+    with terminal.watching(calibration, f"{name}: calibrate") as progress:
+        calibrated = calibrate(model, plan, calibration, progress=progress)
     images = found.made_from["images"]
     calibrated = replace(
         calibrated, made_from=calibrated.made_from | {"calibration": calibrated.made_from["calibration"] | {"images": images}}
     )
     checkpoint.save(calibrated, folder / CHECKPOINT, force=True)
-    with terminal.watching(calibration, f"{name}: verify"):
-        report = export(calibrated, folder / ONNX, (batch for batch, _ in calibration), force=True)
+    with terminal.watching(calibration, f"{name}: export") as progress:
+        report = export(calibrated, folder / ONNX, (batch for batch, _ in calibration), force=True, progress=progress)
     with terminal.watching(test, f"{name}: evaluate"):
         measures = flat(evaluate(onnx_runnable(folder / ONNX), test, model.module))
     save_result(measures, folder, ONNX)

@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     EVALUATION,
     PROFILE,
     REPORT,
     Memory,
+    file_digest,
     in_folder,
     output_path,
     refuse_missing_artifact,
     refuse_missing_sources,
 )
 from vitq.cli.dry_run import say_estimate, trial_size, tried
+from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import GateError, InputError, UsageError
+from vitq.intervals import COUNTED, wilson
+from vitq.units import counted
 from vitq.whole import locked
 
 if TYPE_CHECKING:
@@ -38,12 +42,15 @@ _UNITS = {"top1": "%", "top5": "%", "top1_change": "points", "agreement": "%", "
 
 
 def evaluate(
-    artifact: Annotated[str, typer.Argument(help="A MODEL, a calibrated .safetensors, or a .onnx.")],
+    artifact: Annotated[str, typer.Argument(autocompletion=completion.models, help="A MODEL, a calibrated .safetensors, or a .onnx.")],
     images: options.OptionalImages = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="First compare the .onnx with the digests it was exported with; needs no --images.")
     ] = False,
-    reference: Annotated[str | None, typer.Option("--reference", help="The float MODEL. (default: the artifact's run folder's)")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", autocompletion=completion.models, help="The float MODEL. (default: the artifact's run folder's)"),
+    ] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", min=0, help="Percent; below it: exit 6.")] = None,
     min_agreement: Annotated[float | None, typer.Option("--min-agreement", min=0, help="Percent; below it: exit 6.")] = None,
     max_kl: Annotated[float | None, typer.Option("--max-kl", min=0, help="Nats an image; above it: exit 6.")] = None,
@@ -87,41 +94,41 @@ def evaluate(
     loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
     from vitq.accuracy import evaluate as measure
-    from vitq.images import open_images
 
     started = time.perf_counter()
     with terminal.waiting("load"):
         subject = _open(artifact, loading, device)
         float_model = _reference(subject, reference, loading, run_dir)
-    opened = open_images(images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
-    counted = _labels_fit(opened, subject.num_classes)
-    _refuse_unmeasurable(gates, subject.num_classes, counted, float_model is not None)
+    opened = open_for(subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
+    labelled = _labels_fit(opened, subject.num_classes)
+    _refuse_unmeasurable(gates, subject.num_classes, labelled, float_model is not None)
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
-    if not counted and subject.num_classes:
+    say_foreign(terminal, subject.model_digest, images)
+    if not labelled and subject.num_classes:
         terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
     runnable = None if float_model is None else on_device(float_model.module, device)
 
     def measured(images: "Images") -> "Evaluation":
-        batches = ((batch, labels if counted else None) for batch, labels in images)
+        batches = ((batch, labels if labelled else None) for batch, labels in images)
         return measure(subject.runnable, batches, runnable, subject.num_classes > 0)
 
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
-        sample = open_images(images, subject.data_config, few, seed, batch_size, workers, subject.label_names)
+        sample = open_for(subject.model_digest, images, subject.data_config, few, seed, batch_size, workers, subject.label_names)
         say_estimate(
             terminal, "evaluate", tried(terminal, lambda _: measured(sample), sample, opened.num_listed, started), "for its result"
         )
         return
     with terminal.watching(opened, "evaluate"):
         found = measured(opened)
-    document = flat(found) | verified
+    document = flat(found) | {"digest": subject.digest} | verified
     folder = run_dir or subject.folder
     saved = folder if output is None and folder is not None and (folder / PROFILE).is_file() else None
     if output is not None:
         _write(output, document)
     if saved is not None:
         save_result(document, saved, subject.name)
-    terminal.result(document, *([said] if said else []), f"{subject.name} on {found.num_images} images", *_lines(found))
+    terminal.result(document, *([said] if said else []), f"{subject.name} on {counted(found.num_images, 'image')}", *_lines(found))
     _check(gates, document)
     if saved is not None:
         terminal.next(in_folder("vitq report", saved / REPORT, REPORT))
@@ -133,15 +140,22 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a function from images to the output, how to feed it, and what it remembers of its float model."""
+    """What is evaluated: its sha256, a function from images to the output, how to feed it, and what it says of its float model."""
 
     name: str
+    digest: str
     runnable: "Callable[[Tensor], Tensor]"
     data_config: dict[str, Any]
     num_classes: int
     label_names: tuple[str, ...]
     folder: Path | None
     made_from: Mapping[str, Any]
+
+    @property
+    def model_digest(self) -> str | None:
+        """The float model's."""
+        known = self.made_from.get("model")
+        return known.get("digest") if isinstance(known, dict) else None
 
 
 def flat(found: "Evaluation") -> dict[str, Any]:
@@ -187,8 +201,9 @@ def _verified(artifact: str) -> dict[str, Any]:
 
 def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
     from vitq import checkpoint
-    from vitq.accuracy import onnx_metadata, onnx_runnable
+    from vitq.accuracy import onnx_runnable
     from vitq.models import load
+    from vitq.runtime import onnx_metadata
 
     path = Path(artifact)
     if path.is_file() and path.suffix in (".json", ".html"):
@@ -201,13 +216,17 @@ def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
         labels, made_from = metadata.get("vitq.label_names"), metadata.get("vitq.made_from")
         labels = tuple(labels) if isinstance(labels, list) else ()
         made_from = made_from if isinstance(made_from, dict) else {}
-        return Subject(path.name, onnx_runnable(path), preprocessing, classes, labels, path.parent, made_from)
+        return Subject(path.name, file_digest(path), onnx_runnable(path), preprocessing, classes, labels, path.parent, made_from)
     if path.is_file() and checkpoint.is_checkpoint(path):
         found = checkpoint.load(path)
         spec, runnable = found.plan.model, on_device(found.quantized_module(), device)
-        return Subject(path.name, runnable, spec.data_config, spec.num_classes, spec.label_names, path.parent, found.made_from)
+        return Subject(
+            path.name, file_digest(path), runnable, spec.data_config, spec.num_classes, spec.label_names, path.parent, found.made_from
+        )
     model = load(artifact, **loading.model_dump())
-    return Subject(artifact, on_device(model.module, device), model.data_config, model.num_classes, model.label_names, None, {})
+    made_from = {"model": {"source": artifact, "digest": model.digest}}
+    runnable = on_device(model.module, device)
+    return Subject(artifact, model.digest, runnable, model.data_config, model.num_classes, model.label_names, None, made_from)
 
 
 def _reference(subject: Subject, given: str | None, loading: "LoadingOptions", run_dir: Path | None) -> "LoadedModel | None":
@@ -253,11 +272,15 @@ def _refuse_unmeasurable(gates: Mapping[str, float], num_classes: int, labelled:
 def _lines(found: "Evaluation") -> list[str]:
     lines = []
     for name, unit in _UNITS.items():
-        if (estimate := getattr(found, name)) is not None:
-            lines.append(
-                f"  {name.replace('_', ' '):<15}{estimate.mean:>+10.4g}" if name == "top1_change" else f"  {name:<15}{estimate.mean:>10.4g}"
-            )
-            lines[-1] += f" ± {estimate.margin:.2g} {unit}".rstrip()
+        if (estimate := getattr(found, name)) is None:
+            continue
+        value = f"{estimate.mean:>+10.4g}" if name == "top1_change" else f"{estimate.mean:>10.4g}"
+        if name in COUNTED:
+            low, high = wilson(estimate.mean, found.num_images)
+            sure = f"{unit} ({low:.1f} to {high:.1f})"
+        else:
+            sure = f"± {estimate.margin:.2g} {unit}".rstrip()
+        lines.append(f"  {name.replace('_', ' '):<15}{value} {sure}")
     return lines
 
 

@@ -1,12 +1,14 @@
 """`vitq export`: the calibrated model as a verified ONNX file, model.onnx."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from vitq.choices import OPSETS
 from vitq.cli import completion, options
 from vitq.cli.chain import (
     CHECKPOINT,
@@ -22,7 +24,7 @@ from vitq.cli.chain import (
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.images import Images
@@ -46,7 +48,7 @@ def export(
         bool,
         typer.Option("--attention-int8", help="Keys and values as int8: faster in a session with the option that the file names."),
     ] = False,
-    opset: Annotated[int, typer.Option("--opset", help="Of ONNX, 21 to 25.")] = 21,
+    opset: Annotated[int, typer.Option("--opset", min=OPSETS[0], max=OPSETS[-1], help="Of ONNX.")] = 21,
     batch: Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="How many images the file takes at once.")] = "dynamic",
     card: Annotated[bool, typer.Option("--card", help="Also README.md beside the file: a model card.")] = False,
     dry_run: options.DryRun = False,
@@ -92,9 +94,9 @@ def export(
     terminal.preprocessing(spec.data_config, spec.data_config)
     terminal.detail(f"images {opened.source}, sha256 of the list {opened.digest}")
 
-    def written(images: "Images", place: Path) -> "ExportReport":
+    def written(images: "Images", place: Path, progress: "Callable[[float, float, str], None] | None" = None) -> "ExportReport":
         forms = {"attention_int8": attention_int8, "opset": opset, "batch": fixed}
-        return write(calibrated, place, (given for given, _ in images), cast("Storage", storage), force, **forms)
+        return write(calibrated, place, (given for given, _ in images), cast("Storage", storage), force, progress=progress, **forms)
 
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
@@ -102,8 +104,8 @@ def export(
         found = tried(terminal, lambda folder: written(sample, folder / ONNX), sample, opened.num_listed, started)
         say_estimate(terminal, "export", found, f"in {path.parent}")
         return
-    with terminal.watching(opened, "verify"):
-        report = written(opened, path)
+    with terminal.watching(opened, "export") as progress:
+        report = written(opened, path, progress)
     if card:
         text = model_card(calibrated, report, path.name, INT8_ALLOWED if attention_int8 else {}, fixed)
         write_whole(card_path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -128,12 +130,12 @@ def _fixed_batch(batch: str) -> int | None:
 
 
 def _lines(report: "ExportReport", num_images: int) -> list[str]:
-    by_choice = f"; {report.float_by_choice} convolutions compute in float" if report.float_by_choice else ""
+    by_choice = f"; {counted(report.float_by_choice, 'convolution')} in float" if report.float_by_choice else ""
     return [
         f"file      {in_units(report.file_bytes, 'B')}, of which weights {in_units(report.weight_bytes, 'B')} "
         f"(planned {in_units(report.planned_weight_bytes, 'B')})",
         f"kernels   {report.integer_kernels} of {report.integer_candidates} candidates run as integer kernels{by_choice}",
-        f"verified  on {num_images} images: {report.code_mismatch:.2g} of the codes differ, top-1 agrees on {report.top1_agreement:.2f} % "
-        f"with the fake-quantized model",
+        f"verified  on {counted(num_images, 'image')}: {report.code_mismatch:.2g} of the codes differ, "
+        f"top-1 agrees on {report.top1_agreement:.2f} % with the fake-quantized model",
         f"took      {report.seconds:.1f} s",
     ]

@@ -24,9 +24,10 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
+from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.artifacts import BitPlan
@@ -48,28 +49,39 @@ def finetune(
         ),
     ] = "lsq",
     max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", help="Time that all may take; the schedule is fitted to it.")
+        float | None,
+        typer.Option("--max-minutes", callback=options.above_zero, help="Time that all may take; the schedule is fitted to it."),
     ] = None,
-    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the images, if the time is enough.")] = 10.0,
-    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate of weights, in steps of their scale.")] = 0.005,
-    other_lrs: Annotated[float, typer.Option("--other-lrs", help="What the rates of all else that learns are multiplied with.")] = 1.0,
-    warmup: Annotated[float, typer.Option("--warmup", help="The part of the run in which rates rise.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's, of weights.")] = 0.0,
-    clip_grad: Annotated[float, typer.Option("--clip-grad", help="Largest norm of each kind's gradients; 0: any.")] = 0.0,
-    model_ema_decay: Annotated[float, typer.Option("--model-ema-decay", help="Keep moving averages of all that learns; 0: none.")] = 0.0,
-    soft: Annotated[float, typer.Option("--soft", help="Weight of the KL from the float model's output.")] = 1.0,
-    hard: Annotated[float, typer.Option("--hard", help="Weight of the labels' cross entropy.")] = 0.0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the soft loss.")] = 1.0,
-    min_scale: Annotated[float, typer.Option("--min-scale", help="The smallest part of a picture's area that is cropped.")] = 0.5,
-    hflip: Annotated[float, typer.Option("--hflip", help="How often a picture is mirrored.")] = 0.5,
-    color_jitter: Annotated[float, typer.Option("--color-jitter", help="How far colours change.")] = 0.0,
+    epochs: Annotated[
+        float, typer.Option("--epochs", callback=options.above_zero, help="Passes over the images, if the time is enough.")
+    ] = 10.0,
+    lr: Annotated[float, typer.Option("--lr", min=0, help="AdamW's rate of weights, in steps of their scale.")] = 0.005,
+    other_lrs: Annotated[
+        float, typer.Option("--other-lrs", min=0, help="What the rates of all else that learns are multiplied with.")
+    ] = 1.0,
+    warmup: Annotated[float, typer.Option("--warmup", min=0, max=1, help="The part of the run in which rates rise.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="AdamW's, of weights.")] = 0.0,
+    clip_grad: Annotated[float, typer.Option("--clip-grad", min=0, help="Largest norm of each kind's gradients; 0: any.")] = 0.0,
+    model_ema_decay: Annotated[
+        float, typer.Option("--model-ema-decay", min=0, max=1, help="Keep moving averages of all that learns; 0: none.")
+    ] = 0.0,
+    soft: Annotated[float, typer.Option("--soft", min=0, help="Weight of the KL from the float model's output.")] = 1.0,
+    hard: Annotated[float, typer.Option("--hard", min=0, help="Weight of the labels' cross entropy.")] = 0.0,
+    temperature: Annotated[float, typer.Option("--temperature", callback=options.above_zero, help="Of the soft loss.")] = 1.0,
+    min_scale: Annotated[
+        float, typer.Option("--min-scale", min=0, max=1, help="The smallest part of a picture's area that is cropped.")
+    ] = 0.5,
+    hflip: Annotated[float, typer.Option("--hflip", min=0, max=1, help="How often a picture is mirrored.")] = 0.5,
+    color_jitter: Annotated[float, typer.Option("--color-jitter", min=0, help="How far colours change.")] = 0.0,
     aa: Annotated[str | None, typer.Option("--aa", help="timm's AutoAugment or RandAugment policy, such as rand-m9-mstd0.5.")] = None,
-    reprob: Annotated[float, typer.Option("--reprob", help="How often a part of a picture is erased.")] = 0.0,
-    mixup: Annotated[float, typer.Option("--mixup", help="Alpha of mixing two pictures.")] = 0.0,
+    reprob: Annotated[float, typer.Option("--reprob", min=0, max=1, help="How often a part of a picture is erased.")] = 0.0,
+    mixup: Annotated[float, typer.Option("--mixup", min=0, help="Alpha of mixing two pictures.")] = 0.0,
     amp: Annotated[bool, typer.Option("--amp", help="Products in bfloat16.")] = False,
-    save_minutes: Annotated[float, typer.Option("--save-minutes", help="How often to keep what a killed run goes on from.")] = 5.0,
+    save_minutes: Annotated[float, typer.Option("--save-minutes", min=0, help="How often to keep what a killed run goes on from.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run, or start anew.")] = True,
-    model: Annotated[str | None, typer.Option("--model", help="The float model. (default: the one that was profiled)")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", autocompletion=completion.models, help="The float model. (default: the one that was profiled)")
+    ] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset. (default: all)")] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Chooses the subset, the order and the views of the images.")
@@ -107,7 +119,6 @@ def finetune(
     from vitq.checkpoint import load, save
     from vitq.finetune import Augmentation, Distillation, Training, joined
     from vitq.finetune import finetune as train
-    from vitq.images import open_images
 
     training = Training(
         recipe=recipe,
@@ -131,8 +142,9 @@ def finetune(
     with joined(device) as processes:
         terminal = Terminal(quiet or not processes.leads, verbose, as_json)
         loaded = memory.model(model, "--model")
-        opened = open_images(images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
+        opened = open_for(loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
         terminal.preprocessing(loaded.data_config, chosen.model.data_config)
+        say_foreign(terminal, loaded.digest, images)
         state = path.with_name(f".{path.stem}.finetuning.safetensors")
         if processes.leads:
             if not calibrated.is_file():
@@ -169,8 +181,8 @@ def finetune(
         "skipped": opened.skipped,
         "seconds": time.perf_counter() - started,
     }
-    what = f"{found.steps} steps by recipe {recipe}, {found.epochs:.2f} epochs, {document['seconds']:.0f} s"
-    loss = f"loss on {found.held_out} images held out {found.before:.4f} before, {found.after:.4f} after"
+    what = f"{counted(found.steps, 'step')} by recipe {recipe}, {found.epochs:.2f} epochs, {document['seconds']:.0f} s"
+    loss = f"loss on {counted(found.held_out, 'image')} held out {found.before:.4f} before, {found.after:.4f} after"
     if not better:
         terminal.result(document, what, f"{loss}: not lower, so {calibrated} is as it was")
         terminal.note("a run this short may end before it gains: give more --images, more --max-minutes, or a lower --lr and --other-lrs")
@@ -188,6 +200,6 @@ def _calibrate(
     from vitq.checkpoint import save
 
     opened, remembered = memory.images(Reading(None, None, None, batch_size, 0), loaded.data_config, loaded.label_names)
-    with terminal.watching(opened, "calibrate"):
-        checkpoint = calibrate(loaded, plan, opened, device=device)
+    with terminal.watching(opened, "calibrate") as progress:
+        checkpoint = calibrate(loaded, plan, opened, device=device, progress=progress)
     save(memory.remembered_in(checkpoint, remembered), path)

@@ -21,9 +21,13 @@ MOST_WORKERS = 1024
 """Processes or threads: more are a slip of the keyboard, and would take the machine down."""
 MOST_SEED = 2**32 - 1
 
-Arch = Annotated[str | None, typer.Option("--arch", help="timm architecture of a checkpoint that does not say.")]
-NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Classes of the head; 0 for a backbone. (default: the checkpoint's)")]
-ImgSize = Annotated[int | None, typer.Option("--img-size", help="Input height and width in pixels. (default: the checkpoint's)")]
+Arch = Annotated[
+    str | None, typer.Option("--arch", autocompletion=completion.architectures, help="timm architecture of a checkpoint that does not say.")
+]
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", min=0, help="Classes of the head; 0 for a backbone. (default: the checkpoint's)")
+]
+ImgSize = Annotated[int | None, typer.Option("--img-size", min=1, help="Input height and width in pixels. (default: the checkpoint's)")]
 ModelKwargs = Annotated[
     list[str] | None, typer.Option("--model-kwargs", help="key=value for timm.create_model; repeatable; values are JSON where they parse.")
 ]
@@ -51,7 +55,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Try it on two batches, say what time, memory and disk all of it takes, and stop.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the result and faults.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only; with --json, the document too.")]
 
 # Every command takes the common options; where one makes no difference, its help leaves it out.
 UnusedSeed = Annotated[int | None, typer.Option("--seed", hidden=True)]
@@ -59,14 +63,25 @@ UnusedDevice = Annotated[str, typer.Option("--device", hidden=True)]
 UnusedForce = Annotated[bool, typer.Option("--force", hidden=True)]
 
 
+def above_zero(option: typer.CallbackParam, value: float | None) -> float | None:
+    """The value of an option that must be more than 0; raises UsageError for any other, NaN too."""
+    if value is not None and not value > 0:
+        raise UsageError(f"{option.opts[0]} {value:g} cannot be used; give more than 0")
+    return value
+
+
 def parse_bits(text: str | None) -> list[int] | None:
-    """Reads '2,3,8' as widths; raises UsageError for anything that is no list of whole numbers."""
+    """Reads '2,3,8' as widths; raises UsageError for anything that is no list of whole numbers from 2 to 8."""
     if text is None:
         return None
+    from vitq.artifacts import WIDTHS
+
     try:
-        return [int(part) for part in text.split(",")]
+        if set(found := [int(part) for part in text.split(",")]) <= set(WIDTHS):
+            return found
     except ValueError:
-        raise UsageError(f"--bits {text!r} is not understood; give widths from 2 to 8 with commas between them, such as 3,4,5") from None
+        pass
+    raise UsageError(f"--bits {text!r} is not understood; give widths from 2 to 8 with commas between them, such as 3,4,5")
 
 
 def parse_model_kwargs(texts: Sequence[str] | None) -> dict[str, Any]:

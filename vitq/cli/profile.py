@@ -13,9 +13,10 @@ from vitq.cli.bit_map import cost_map
 from vitq.cli.chain import PROFILE, in_folder, output_path, refuse_missing_sources, run_folder
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.layer_table import cost_table
+from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
-from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.errors import InputError, UsageError
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.artifacts import MetricOptions, Profile
@@ -28,7 +29,7 @@ HEAT_MAP = "relevance.png"
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
+    model: Annotated[str, typer.Argument(autocompletion=completion.models, help="A timm local folder, a checkpoint file, or a timm name.")],
     images: options.OptionalImages = None,
     metric: Annotated[
         list[str] | None,
@@ -59,7 +60,13 @@ def profile(
         SensitivityLoss, typer.Option("--sensitivity-loss", help="What is compared; all but kl need labels.")
     ] = "kl",
     sensitivity_baseline: Annotated[
-        str, typer.Option("--sensitivity-baseline", help="What the other layers run at: fp32, w8a8 or 'uniform 4'.")
+        str,
+        typer.Option(
+            "--sensitivity-baseline",
+            autocompletion=completion.baselines,
+            callback=completion.known("sensitivity baseline", completion.baselines),
+            help="What the other layers run at: fp32, w8a8 or 'uniform 4'.",
+        ),
     ] = "fp32",
     fisher: Annotated[
         FisherLabels, typer.Option("--fisher", help="lampq's labels: sampled from the model (true) or the images' own (empirical).")
@@ -85,7 +92,11 @@ def profile(
     terminal = Terminal(quiet, verbose, as_json)
     from vitq.artifacts import MetricOptions, save
 
+    if explain is None and images is None:
+        raise UsageError("no images were given; give --images a folder, a .tar or an images.safetensors")
     refuse_missing_sources(model, images, arch)
+    if explain is not None and not explain.is_file():
+        raise InputError(f"{explain} does not exist; give --explain a PNG or JPEG file")
     path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force or dry_run)
     widths = options.parse_bits(bits) or []
     chosen = MetricOptions(
@@ -102,40 +113,41 @@ def profile(
     if explain is not None:
         _heat_map(terminal, model, loading, explain, chosen, path, device, force)
         return
-    if images is None:
-        raise UsageError("no images were given; give --images a folder, a .tar or an images.safetensors")
+    assert images is not None
     journal = path.with_name(f".{path.stem}.journal.jsonl")
     if not resume:
         journal.unlink(missing_ok=True)
-    from vitq.images import open_images
     from vitq.importance import profile as price
     from vitq.models import load
 
     started = time.perf_counter()
     with terminal.waiting("load the model"):
         loaded = load(model, **loading.model_dump())
-    opened = open_images(images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
+    opened = open_for(loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
     terminal.preprocessing(loaded.data_config)
+    say_foreign(terminal, loaded.digest, images)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
-        sample = open_images(images, loaded.data_config, few, seed, batch_size, workers, loaded.label_names)
+        sample = open_for(loaded.digest, images, loaded.data_config, few, seed, batch_size, workers, loaded.label_names)
 
         def work(folder: Path) -> None:
             save(price(loaded, sample, metric or [DEFAULT_METRIC], widths, seed, device, chosen, folder / "journal"), folder / PROFILE)
 
         say_estimate(terminal, "profile", tried(terminal, work, sample, opened.num_listed, started), f"in {path.parent}")
         return
-    with terminal.keeping(journal), terminal.watching(opened, "profile"):
-        found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device, chosen, journal)
+    with terminal.keeping(journal), terminal.watching(opened, "profile") as progress:
+        found = price(loaded, opened, metric or [DEFAULT_METRIC], widths, seed, device, chosen, journal, progress)
     found = remembering(found, loaded, loading, opened, seed)
     save(found, path, force)
     journal.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
-    tables = [cost_table(found, name) for name in found.costs] if verbose else [] if quiet else cost_map(found, next(iter(found.costs)))
+    tables = [cost_table(found, name) for name in found.costs] if verbose else cost_map(found, next(iter(found.costs)))
     terminal.result(_document(found, str(path), opened, seconds), *_lines(found, seconds), *tables, f"wrote {path}")
     if fused := found.made_from.get("unfused_attention"):
-        terminal.note(f"attention stays fused in {len(fused)} places, so its matmuls are no layers and stay float: {', '.join(fused)}")
+        terminal.note(
+            f"attention stays fused in {counted(len(fused), 'place')}, so its matmuls are no layers and stay float: {', '.join(fused)}"
+        )
     terminal.next(in_folder("vitq allocate --budget 4.0", path, PROFILE))
 
 
@@ -185,7 +197,7 @@ def _total_costs(found: "Profile", metric: str) -> dict[int, float]:
 
 def _lines(found: "Profile", seconds: float) -> list[str]:
     parameters, macs = (in_units(sum(getattr(layer, name) for layer in found.layers), "") for name in ("parameters", "macs"))
-    lines = [f"{found.model.architecture}: {len(found.layers)} layers, {parameters} weights, {macs} MACs an image"]
+    lines = [f"{found.model.architecture}: {counted(len(found.layers), 'layer')}, {parameters} weights, {macs} MACs an image"]
     for name, table in found.costs.items():
         totals = ", ".join(f"{width} bits {cost:.3g}" for width, cost in _total_costs(found, name).items())
         lines.append(f"{name}, all layers at {totals} ({'nats an image' if table.unit == 'nats' else table.unit})")

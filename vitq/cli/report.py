@@ -1,6 +1,5 @@
 """`vitq report`: whatever a run folder holds, as one self-contained HTML file, report.html."""
 
-import hashlib
 import shlex
 import time
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import (
     BENCH,
     CHECKPOINT,
@@ -24,6 +23,7 @@ from vitq.cli.chain import (
     REPORT,
     Memory,
     Reading,
+    file_digest,
     in_run,
     output_path,
     refuse_missing_sources,
@@ -33,7 +33,7 @@ from vitq.cli.run_folder import find_staircase, read_folder
 from vitq.cli.saved_results import read_benchmark, read_evaluations
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError, VitqError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.report import Findings
@@ -48,7 +48,11 @@ def report(
     folder: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="The run folder. (default: vitq-run)")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The float model, for pictures of the layers that hurt. (default: the one that was profiled)"),
+        typer.Option(
+            "--model",
+            autocompletion=completion.models,
+            help="The float model, for pictures of the layers that hurt. (default: the one that was profiled)",
+        ),
     ] = None,
     images: options.RememberedImages = None,
     seed: options.UnusedSeed = None,
@@ -74,7 +78,9 @@ def report(
         document = write_report(folder, path, model, images)
     lines = [f"{part['title']} is left out: {part['why'] or part['command']}" for part in document["left_out"]] if verbose else []
     seconds = time.perf_counter() - started
-    lines.append(f"wrote {path} ({in_units(document['file_bytes'], 'B')}), {len(document['sections'])} parts, in {seconds:.1f} s")
+    lines.append(
+        f"wrote {path} ({in_units(document['file_bytes'], 'B')}), {counted(len(document['sections']), 'part')}, in {seconds:.1f} s"
+    )
     for remark in document["remarks"]:
         terminal.note(remark)
     terminal.result(document | {"seconds": seconds}, *lines)
@@ -115,11 +121,11 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
 def _read(folder: Path) -> "Findings":
     """Everything but the close-ups, which need the model."""
     from vitq import checkpoint
-    from vitq.accuracy import onnx_metadata
     from vitq.artifacts import load_plan, load_profile
+    from vitq.artifacts.images import describe_images
     from vitq.latency import load_latency_table
     from vitq.report import File, Findings
-    from vitq.synthesize import describe
+    from vitq.runtime import onnx_metadata
 
     present = {name for name in _FILES if (folder / name).is_file()}
     profile = load_profile(folder / PROFILE) if PROFILE in present else None
@@ -130,11 +136,6 @@ def _read(folder: Path) -> "Findings":
     latencies = load_latency_table(folder / LATENCY) if LATENCY in present else None
     staircase = find_staircase(folder)
     remarks = [f"{row['file']} was {row['stale']}" for row in read_folder(folder) if row["stale"]]
-    remarks += [
-        f"{name} is older than {ONNX}: what it says may be of an earlier file; run `{command}` again"
-        for name, command in ((EVALUATION, "vitq evaluate"), (BENCH, "vitq bench"))
-        if {name, ONNX} <= present and (folder / name).stat().st_mtime < (folder / ONNX).stat().st_mtime
-    ]
     chosen = calibrated or plan
     if profile and chosen and {entry.name for entry in chosen.layers} != {layer.name for layer in profile.layers}:
         remarks.append(f"{PROFILE} has other layers than the plan, and was left aside")
@@ -144,7 +145,7 @@ def _read(folder: Path) -> "Findings":
     if profile and latencies and latencies.graph_digest != profile.model.graph_digest:
         remarks.append(f"{LATENCY} is of another model, and was left aside; run `{in_run('vitq bench --layers', folder)}` again")
         latencies = None
-    synthetic = describe(folder / IMAGES) if IMAGES in present else None
+    synthetic = describe_images(folder / IMAGES) if IMAGES in present else None
     said = {
         IMAGES: synthetic["made_from"] if synthetic else {},
         PROFILE: profile.made_from if profile else {},
@@ -157,7 +158,7 @@ def _read(folder: Path) -> "Findings":
         folder=str(folder),
         option="" if folder == DEFAULT_FOLDER else f" --run-dir {shlex.quote(str(folder))}",
         files=tuple(
-            File(name, (folder / name).stat().st_size, _digest(folder / name), said.get(name, {}))
+            File(name, (folder / name).stat().st_size, file_digest(folder / name), said.get(name, {}))
             for name in (*_FILES, *([staircase[0]] if staircase else []))
             if name in present or name not in _FILES
         ),
@@ -176,11 +177,6 @@ def _read(folder: Path) -> "Findings":
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_close_ups(found: "Findings", folder: Path, model: str | None, images: str | None) -> "Findings":

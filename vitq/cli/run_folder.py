@@ -1,7 +1,8 @@
 """What a run folder holds, and which of its files were made from another file than the one that lies beside them."""
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from vitq.cli.chain import (
     PLAN,
     PROFILE,
     REPORT,
+    file_digest,
     from_another_profile,
     in_run,
     of_another_plan,
 )
 from vitq.cli.saved_results import read_benchmark, read_evaluations
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,12 +48,13 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
     plan = load_plan(folder / PLAN) if (folder / PLAN).is_file() else None
     found: list[tuple[str, str, str | None]] = []
     if (folder / IMAGES).is_file():
-        from vitq.synthesize import describe
+        from vitq.artifacts.images import describe_images
 
-        images = describe(folder / IMAGES)
-        found.append((IMAGES, f"{images['num_images']} images" if images else "images that cannot be read", None))
+        images = describe_images(folder / IMAGES)
+        found.append((IMAGES, counted(images["num_images"], "image") if images else "images that cannot be read", None))
     if profile:
-        found.append((PROFILE, f"{profile.model.architecture}, {len(profile.layers)} layers, costs by {', '.join(profile.costs)}", None))
+        holds = f"{profile.model.architecture}, {counted(len(profile.layers), 'layer')}, costs by {', '.join(profile.costs)}"
+        found.append((PROFILE, holds, None))
     if plan is not None:
         another = profile and from_another_profile(plan.made_from, profile)
         found.append((PLAN, _bits(plan), _another("made from", PROFILE, folder, "vitq allocate") if another else None))
@@ -68,25 +71,48 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
             found.append((ONNX, "exported model", _stale_onnx(folder / ONNX, calibrated, made_from)))
     elif (folder / ONNX).is_file():
         found.append((ONNX, "exported model", None))
-    found += [(name, holds, None) for name, holds in _results(folder)]
+    found += _results(folder)
     return [{"file": name, "bytes": (folder / name).stat().st_size, "holds": holds, "stale": stale} for name, holds, stale in found]
 
 
-def _results(folder: Path) -> Iterator[tuple[str, str]]:
+def _results(folder: Path) -> Iterator[tuple[str, str, str | None]]:
     """What was measured, drawn and written for people."""
     from vitq.latency import load_latency_table
 
     if staircase := find_staircase(folder):
-        yield staircase[0], f"{len(staircase[1].plans)} plans, by {staircase[1].metric}"
+        yield staircase[0], f"{counted(len(staircase[1].plans), 'plan')}, by {staircase[1].metric}", None
     if (folder / EVALUATION).is_file():
-        yield EVALUATION, f"accuracy of {', '.join(read_evaluations(folder / EVALUATION))}"
+        evaluated = read_evaluations(folder / EVALUATION)
+        measured = [(name, {entry.digest}) for name, entry in evaluated.items()]
+        yield EVALUATION, f"accuracy of {', '.join(evaluated)}", _stale_result(folder / EVALUATION, measured, "evaluate", " --images PATH")
     if (folder / BENCH).is_file():
-        yield BENCH, f"latency of {', '.join(dict.fromkeys(row.name for row in read_benchmark(folder / BENCH).results))}"
+        timed = read_benchmark(folder / BENCH)
+        digests = {file.digest for file in timed.files if Path(file.name).name == ONNX}
+        holds = f"latency of {', '.join(dict.fromkeys(row.name for row in timed.results))}"
+        yield BENCH, holds, _stale_result(folder / BENCH, [(ONNX, digests)], "bench")
     if (folder / LATENCY).is_file():
         table = load_latency_table(folder / LATENCY)
-        yield LATENCY, f"latencies of {sum(len(timing.layers) for timing in table.timings) // 2} layers, batch {table.batch}"
+        layers = sum(len(timing.layers) for timing in table.timings) // 2
+        yield LATENCY, f"latencies of {counted(layers, 'layer')}, batch {table.batch}", None
     if (folder / REPORT).is_file():
-        yield REPORT, "report"
+        yield REPORT, "report", None
+
+
+def _stale_result(result: Path, measured: Iterable[tuple[str, Set[str | None]]], command: str, options: str = "") -> str | None:
+    """What is wrong with measurements of files, each with its digests then, where one that lies beside them is another now.
+
+    Of results that name no digest, as earlier versions wrote them, the times of the files have to do.
+    """
+    beside = {file.name: file for file in result.parent.iterdir() if file.is_file()}
+    for name, digests in measured:
+        if (file := beside.get(name)) is None or not digests:
+            continue
+        again = f"run `vitq {command} {shlex.quote(str(file))}{options}` again"
+        if None not in digests and file_digest(file) not in digests:
+            return f"measured on another {name} than the one beside it; {again}"
+        if None in digests and result.stat().st_mtime < file.stat().st_mtime:
+            return f"written before {name}, and may be of an earlier one; {again}"
+    return None
 
 
 def find_staircase(folder: Path) -> "tuple[str, Staircase] | None":
@@ -119,7 +145,8 @@ def folder_table(rows: list[dict[str, Any]]) -> "Table":
 
 def _bits(plan: "BitPlan") -> str:
     widths = {bits for entry in plan.layers for bits in (entry.weight_bits, entry.activation_bits) if bits is not None}
-    return f"{plan.model.architecture}, {len(plan.layers)} layers at {min(widths, default='no')} to {max(widths, default='no')} bits"
+    least, most = min(widths, default="no"), max(widths, default="no")
+    return f"{plan.model.architecture}, {counted(len(plan.layers), 'layer')} at {least} to {most} bits"
 
 
 def _stale_checkpoint(
@@ -133,7 +160,7 @@ def _stale_checkpoint(
 
 
 def _stale_onnx(path: Path, calibrated: "BitPlan", made_from: dict[str, Any]) -> str | None:
-    from vitq.accuracy import onnx_metadata
+    from vitq.runtime import onnx_metadata
 
     metadata = onnx_metadata(path)
     bits = {entry.name: [entry.weight_bits, entry.activation_bits] for entry in calibrated.layers}

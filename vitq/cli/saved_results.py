@@ -8,11 +8,12 @@ from vitq.cli.bench import bench_tables
 from vitq.cli.chain import BENCH, EVALUATION
 from vitq.cli.layer_table import plain_table
 from vitq.errors import InputError
+from vitq.intervals import COUNTED, wilson
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vitq.report import Benchmark, Evaluated
+    from vitq.artifacts.results import Benchmark, Evaluated
 
 _MEASURES = {
     "top1": "top-1 %",
@@ -26,14 +27,14 @@ _MEASURES = {
 
 def read_evaluations(path: Path) -> "dict[str, Evaluated]":
     """What was evaluated, by name; raises InputError where the file is damaged."""
-    from vitq.report import Evaluated
+    from vitq.artifacts.results import Evaluated
 
     return _read(path, dict[str, Evaluated], "vitq evaluate")
 
 
 def read_benchmark(path: Path) -> "Benchmark":
     """What was timed; raises InputError where the file is damaged."""
-    from vitq.report import Benchmark
+    from vitq.artifacts.results import Benchmark
 
     return _read(path, Benchmark, "vitq bench")
 
@@ -52,14 +53,22 @@ def saved_result(path: Path) -> "tuple[str, dict[str, Any], list[Table]] | None"
 
 
 def evaluation_table(evaluated: "Mapping[str, Evaluated]") -> "Table":
-    """A row an artifact, a column a measure that any has."""
+    """A row an artifact, a column a measure that any has, counted shares over their 95 % intervals."""
     known = {name: title for name, title in _MEASURES.items() if any(getattr(entry, name) is not None for entry in evaluated.values())}
-    rows = []
-    for artifact, entry in evaluated.items():
-        values = (getattr(entry, name) for name in known)
-        digits = (2 if title.endswith("%") else 4 for title in known.values())
-        rows.append((artifact, str(entry.num_images), *("-" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True))))
+    rows = [
+        (artifact, str(entry.num_images), *(_measure(name, getattr(entry, name), entry.num_images) for name in known))
+        for artifact, entry in evaluated.items()
+    ]
     return plain_table(("evaluated", "images", *known.values()), rows)
+
+
+def _measure(name: str, value: float | None, num_images: int) -> str:
+    if value is None:
+        return "-"
+    if name not in COUNTED:
+        return f"{value:.4f}"
+    low, high = wilson(value, num_images)
+    return f"{value:.2f}\n{low:.1f} to {high:.1f}"
 
 
 def _read(path: Path, kind: Any, command: str) -> Any:

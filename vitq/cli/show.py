@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.bench import timing_table
 from vitq.cli.chain import CHECKPOINT, PLAN, PROFILE, REPORT, in_folder, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
@@ -18,7 +18,7 @@ from vitq.cli.saved_results import saved_result
 from vitq.cli.staircase_table import staircase_table
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import InputError
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 
 def show(
-    artifact: Annotated[str, typer.Argument(help="A MODEL, a file that vitq wrote (.json, .safetensors, .onnx), or a run folder.")],
+    artifact: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=completion.models, help="A MODEL, a file that vitq wrote (.json, .safetensors, .onnx), or a run folder."
+        ),
+    ],
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
     img_size: options.ImgSize = None,
@@ -105,10 +110,10 @@ def _read(artifact: str, loading: "LoadingOptions") -> Shown:
         return Shown({"kind": "run folder", "files": rows}, [], tables=[folder_table(rows), *map(_filled, stale)])
     if path.suffix == ".safetensors" and (images := _images(path)) is not None:
         return images
-    from vitq import checkpoint
-
     if path.suffix == ".onnx":
         return _read_onnx(path)
+    from vitq import checkpoint
+
     if path.is_file() and checkpoint.is_checkpoint(path):
         found = checkpoint.load(path)
         rows = [row | found.errors.get(row["name"], {}) for row in layer_rows(found.graph.layers, found.plan.bits)]
@@ -139,7 +144,7 @@ def _read_json(path: Path) -> Shown:
         return Shown(head | {"summary": summarize_plan(plan, profile)}, layer_rows(profile.layers, plan.bits))
     if isinstance(kind, dict) and kind.get("format") == Staircase.model_fields["format"].default:
         staircase = load_staircase(path)
-        what = f"staircase: metric {staircase.metric}, objective {staircase.objective}, {len(staircase.plans)} plans"
+        what = f"staircase: metric {staircase.metric}, objective {staircase.objective}, {counted(len(staircase.plans), 'plan')}"
         return Shown({"kind": "staircase"} | staircase.model_dump(mode="json"), [], tables=[what, staircase_table(staircase)])
     if (result := saved_result(path)) is not None:
         what, content, tables = result
@@ -154,7 +159,7 @@ def _read_json(path: Path) -> Shown:
 
 def _latency_lines(table: "LatencyTable") -> list[str]:
     batch = "one image at a time" if table.batch == 1 else f"batches of {table.batch}"
-    lines = [f"latency table: {table.architecture}, {batch}, {table.threads} threads; {table.rest_ms:.4g} ms beside the layers"]
+    lines = [f"latency table: {table.architecture}, {batch}, {counted(table.threads, 'thread')}; {table.rest_ms:.4g} ms beside the layers"]
     if processor := table.made_from.get("processor"):
         lines.append(f"measured on {processor}")
     return [_filled(line) for line in lines]
@@ -162,9 +167,9 @@ def _latency_lines(table: "LatencyTable") -> list[str]:
 
 def _images(path: Path) -> Shown | None:
     """What an images.safetensors holds; None for any other file."""
-    from vitq.synthesize import describe
+    from vitq.artifacts.images import describe_images
 
-    found = describe(path)
+    found = describe_images(path)
     if found is None:
         return None
     size = " x ".join(map(str, found["shape"]))
@@ -179,7 +184,7 @@ def _images(path: Path) -> Shown | None:
 
 
 def _read_onnx(path: Path) -> Shown:
-    from vitq.accuracy import onnx_metadata
+    from vitq.runtime import onnx_metadata
 
     metadata = {name.removeprefix("vitq."): value for name, value in onnx_metadata(path).items() if name.startswith("vitq.")}
     metadata.pop("digests", None)  # for evaluate --verify
@@ -215,11 +220,13 @@ def _head(kind: str, spec: "ModelSpec", made_from: Any) -> dict[str, Any]:
 
 
 def _lines(found: Shown) -> list[str]:
-    from vitq.images import describe
+    from vitq.preparation import describe
 
     head, rows = found.head, found.rows
     size = f", {in_units(head['file_bytes'], 'B')}" if "file_bytes" in head else ""
-    lines = [f"{head['kind']}: {head.get('architecture')}, {head.get('num_classes')} classes, {len(rows)} layers{size}"]
+    classes = head.get("num_classes")
+    known = counted(classes, "class") if isinstance(classes, int) else f"{classes} classes"
+    lines = [f"{head['kind']}: {head.get('architecture')}, {known}, {counted(len(rows), 'layer')}{size}"]
     if any("macs" in row for row in rows):
         parameters, macs = (in_units(sum(row.get(key, 0) for row in rows), "") for key in ("parameters", "macs"))
         lines.append(f"in layers: {parameters} weights, {macs} MACs an image")
@@ -235,7 +242,7 @@ def _lines(found: Shown) -> list[str]:
     sources = {name: made_from.get(name) for name in ("model", "images")}
     lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if isinstance(source, dict)]
     if fused := head.get("unfused_attention") or made_from.get("unfused_attention"):
-        lines.append(f"attention stays fused in {len(fused)} places, so its matmuls are no layers: {', '.join(fused)}")
+        lines.append(f"attention stays fused in {counted(len(fused), 'place')}, so its matmuls are no layers: {', '.join(fused)}")
     return [_filled(line) for line in lines]
 
 

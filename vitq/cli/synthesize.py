@@ -8,20 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from vitq import __version__
-from vitq.cli import options
+from vitq.cli import completion, options
 from vitq.cli.chain import IMAGES, output_path, refuse_missing_sources, run_folder
 from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
+from vitq.units import counted, in_minutes
 
 _TRIED = 4  # steps of a dry run; the first ones are slower
 
 
 def synthesize(
-    model: Annotated[str, typer.Argument(help="A timm local folder, a checkpoint file, or a timm name.")],
+    model: Annotated[str, typer.Argument(autocompletion=completion.models, help="A timm local folder, a checkpoint file, or a timm name.")],
     num_images: Annotated[int, typer.Option("--num-images", min=1, max=options.MOST_IMAGES, help="How many images to make.")] = 32,
     max_minutes: Annotated[
-        float, typer.Option("--max-minutes", help="The time that all of it may take; the steps are reduced to fit.")
+        float,
+        typer.Option("--max-minutes", callback=options.above_zero, help="The time that all of it may take; the steps are reduced to fit."),
     ] = 10.0,
     iterations: Annotated[
         int, typer.Option("--iterations", min=1, help="Steps at most; where all fit, the seed alone decides the images.")
@@ -88,7 +90,7 @@ def synthesize(
         )
         return
     scratch = path.with_name(f".{path.stem}.scratch")
-    with terminal.keeping(scratch), terminal.working("synthesize", f"{num_images} images") as progress:
+    with terminal.keeping(scratch), terminal.working("synthesize", counted(num_images, "image")) as progress:
         made = make(loaded, num_images, seed, scratch, max_minutes, iterations, batch_size, device, progress, keep_scratch=True)
     source = ModelSource(source=loaded.source, digest=loaded.digest, options=loading)
     how = {"num_images": num_images, "seed": seed, "iterations": made.steps, "batch_size": batch_size, "vitq": __version__}
@@ -109,9 +111,9 @@ def synthesize(
         "seconds": time.perf_counter() - started,
     }
     classes = "" if made.agreement is None else f"; the model takes {made.agreement:.0f} % of them for the class prescribed"
-    lines = [f"{num_images} images made in {made.steps} steps a batch, {document['seconds']:.1f} s"]
+    lines = [f"{counted(num_images, 'image')} made in {counted(made.steps, 'step')} a batch, {document['seconds']:.1f} s"]
     lines += [f"entropy of patch similarities {made.entropy:.3f} nats, noise has {made.noise_entropy:.3f}{classes}"]
     if made.steps < iterations:
-        terminal.note(f"{made.steps} of {iterations} steps fit in {max_minutes:g} minutes; --max-minutes gives more time")
+        terminal.note(f"{made.steps} of {counted(iterations, 'step')} fit in {in_minutes(60 * max_minutes)}; --max-minutes gives more time")
     terminal.result(document, *lines, *([] if preview is None else [f"wrote {preview}"]), f"wrote {path}")
     terminal.next(shlex.join(["vitq", "profile", model, *options.loading_words(loading), "--images", str(path)]))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitq.units import counted
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
@@ -39,16 +41,16 @@ class Terminal:
 
     def preprocessing(self, data_config: dict[str, Any], known: dict[str, Any] | None = None) -> None:
         """How images are prepared; where that is as `known`, said before, a detail."""
-        from vitq.images import describe
+        from vitq.preparation import describe
 
         (self.detail if data_config == known else self.note)(f"preprocessing: {describe(data_config)}")
 
     def result(self, document: dict[str, Any], *parts: "str | Table") -> None:
-        """What the command found: the document with --json, else the parts, lines or tables."""
+        """What the command found: the document with --json, else the parts, lines or tables, unless only errors are wanted."""
         if self.as_json:
             print(json_text(document), end="", flush=True)  # so that a full disk is said here, and not as the interpreter ends
             return
-        for part in parts:
+        for part in () if self.quiet else parts:
             if isinstance(part, str):
                 print(part)
             else:
@@ -69,20 +71,20 @@ class Terminal:
         Gives a function that shows what comes between the passes: (work done, all of it, its name), with the time that is left.
         """
         try:
-            with self._bar(what, images.num_listed, f"{images.num_listed} images") as (progress, bar):
-                images.progress = lambda done, total: progress.update(bar, completed=done, total=total)
-                yield _work(progress, bar, what)
+            with self._bar(what, images.num_listed, counted(images.num_listed, "image")) as (progress, bar):
+                images.progress = lambda done, _: progress.update(bar, description=what, completed=done)
+                yield _work(progress, bar, what, images.num_listed)
         finally:
             images.progress = None
             if images.skipped:
-                print(f"skipped {len(images.skipped)} of {images.num_listed} images that cannot be read:", file=sys.stderr)
+                print(f"skipped {len(images.skipped)} of {counted(images.num_listed, 'image')} that cannot be read:", file=sys.stderr)
                 print("\n".join(f"  {name}" for name in images.skipped), file=sys.stderr)
 
     @contextmanager
     def working(self, what: str, on: str) -> "Iterator[Callable[[float, float, str], None]]":
         """As `watching`, for work that is no pass over images; `on` says for people what it is about."""
         with self._bar(what, 100, on) as (progress, bar):
-            yield _work(progress, bar, what)
+            yield _work(progress, bar, what, 100)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -128,9 +130,9 @@ class Terminal:
             yield progress, progress.add_task(what, total=total)
 
 
-def _work(progress: "Progress", bar: "TaskID", what: str) -> Callable[[float, float, str], None]:
-    """What shows (work done, all of it, its name) in a bar."""
-    return lambda done, whole, name: progress.update(bar, description=f"{what} {name}", completed=100 * done / whole, total=100)
+def _work(progress: "Progress", bar: "TaskID", what: str, length: int) -> Callable[[float, float, str], None]:
+    """What shows (work done, all of it, its name) in a bar of a length."""
+    return lambda done, whole, name: progress.update(bar, description=f"{what} {name}", completed=length * done / whole)
 
 
 def json_text(document: dict[str, Any]) -> str:

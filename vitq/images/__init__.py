@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from vitq.errors import InputError
 from vitq.images.pictures import Items, collate, read_file, read_row, write_png
-from vitq.images.preprocessing import describe, mode_of, scale_of, transform_of
+from vitq.images.preprocessing import mode_of, scale_of, transform_of
 from vitq.images.sources import Entry, folder_entries, labels_of, row_entries, tar_entries
+from vitq.units import counted
 
-__all__ = ["Batch", "Images", "describe", "open_images", "read_image", "refuse_missing", "write_png"]
+__all__ = ["Batch", "Images", "open_images", "read_image", "refuse_missing", "write_png"]
 
 MAX_BAD = 0.05
 """The largest share of the listed images that may be unreadable."""
@@ -77,7 +78,7 @@ class Images:
         """Adds images that cannot be read to `skipped`; raises InputError where they are more than 5 % of the listed ones."""
         self.skipped += [fault for fault in faults if fault not in self.skipped]
         if len(self.skipped) > MAX_BAD * self.num_listed:
-            count = f"{len(self.skipped)} of {self.num_listed} images cannot be read, more than {MAX_BAD:.0%}"
+            count = f"{len(self.skipped)} of {counted(self.num_listed, 'image')} cannot be read, more than {MAX_BAD:.0%}"
             raise InputError(f"{self.source}: {count}: {'; '.join(self.skipped[:5])}. Remove or replace them")
 
 

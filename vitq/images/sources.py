@@ -15,6 +15,7 @@ from timm.data.readers.reader_image_in_tar import extract_tarinfos
 from timm.utils.misc import natural_key
 
 from vitq.errors import InputError
+from vitq.units import counted
 
 FORMAT = "vitq-images/1"
 """The `format` in the metadata of an images.safetensors whose float32 images are preprocessed already."""
@@ -108,7 +109,9 @@ def row_entries(path: Path, data_config: dict[str, Any], class_names: tuple[str,
             f"{path}: `labels` must be int64 ({len(rows)},), 0 or more; it is {labels.dtype} {tuple(labels.shape)}; correct it"
         )
     if class_names and int(labels.max()) >= len(class_names):
-        raise InputError(f"{path} holds label {int(labels.max())}, but the model has {len(class_names)} classes; give its own images")
+        raise InputError(
+            f"{path} holds label {int(labels.max())}, but the model has {counted(len(class_names), 'class')}; give its own images"
+        )
     return rows, labels.tolist()
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,6 +54,7 @@ def profile(
     device: str = "cpu",
     options: MetricOptions | None = None,
     journal: str | Path | None = None,
+    progress: Callable[[float, float, str], None] | None = None,
 ) -> Profile:
     """Prices every layer of a model at every width.
 
@@ -64,6 +67,7 @@ def profile(
         device: where to compute.
         options: choices of single metrics.
         journal: where a metric that takes long keeps its results as they come; a second run goes on from there.
+        progress: is told by a metric that works long on a batch (images done, all of them, what is done), between `images.progress`.
 
     Raises:
         UsageError: an unknown metric or width.
@@ -79,7 +83,10 @@ def profile(
     kept_in = None if journal is None else Path(journal)
     chosen = options or MetricOptions()
     subject = Subject(folded, histograms, images, tuple(widths), spec.num_classes, seed, chosen, kept_in, covariances)
-    costs = {name: METRICS[name](subject) for name in metrics}
+    costs = {}
+    for name in metrics:
+        told = partial(_tell, progress, images.num_listed, name)
+        costs[name] = METRICS[name](replace(subject, progress=told))
     return Profile(
         model=spec,
         layers=folded.layers,
@@ -93,6 +100,11 @@ def profile(
             "versions": {name: version(name) for name in ("torch", "timm")},
         },
     )
+
+
+def _tell(progress: Callable[[float, float, str], None] | None, whole: int, name: str, done: float) -> None:
+    if progress:
+        progress(done, whole, name)
 
 
 def rest_bytes(graph: Graph) -> int:

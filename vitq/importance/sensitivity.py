@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq.artifacts import WIDTHS, CostTable, Layer
+from vitq.artifacts import CostTable, Layer
+from vitq.choices import BASELINES
 from vitq.errors import InputError, UsageError
 from vitq.gradients import loss as divergence
 from vitq.graph import advance, run, start
@@ -35,6 +36,7 @@ from vitq.importance.journal import Journal
 from vitq.importance.quantizers import Quantizers
 from vitq.importance.subject import Subject
 from vitq.moments import Moments, corrected, correction
+from vitq.units import counted
 
 _UNITS: dict[str, Literal["nats", "accuracy", "relative"]] = {"kl": "nats", "top1": "accuracy", "cross-entropy": "relative"}
 
@@ -99,7 +101,8 @@ def loss_increases(
                 required_labels(subject, labels, f"the loss {loss}", "the loss kl", among_classes=loss == "cross-entropy")
         batch = _Batch(subject, quantizers, baseline, losses, images, labels)
         at_baseline += journal.result({"batch": index, "images": _digest(images, labels)}, batch.at_baseline)
-        for layer, width in changes:
+        for done, (layer, width) in enumerate(changes):
+            subject.progress(count + len(images) * done / len(changes))
             key = {"batch": index, "layer": layer.name, "bits": width}
             totals[layer.name, width] += journal.result(key, lambda layer=layer, width=width, batch=batch: batch.changed(layer, width))
         count += len(images)
@@ -230,10 +233,9 @@ def _weight_shares(subject: Subject, quantizers: Quantizers) -> dict[str, float]
 
 def _baseline_bits(baseline: str) -> int | None:
     """The width of the layers that stay: None for "fp32"."""
-    known: dict[str, int | None] = {"fp32": None, "w8a8": 8} | {f"uniform {width}": width for width in WIDTHS}
-    if baseline not in known:
+    if baseline not in BASELINES:
         raise UsageError(f"sensitivity baseline {baseline!r} is not known; give fp32, w8a8 or uniform K with K from 2 to 8")
-    return known[baseline]
+    return BASELINES[baseline]
 
 
 def required_labels(subject: Subject, labels: Tensor | None, wanted_by: str, instead: str, among_classes: bool = True) -> Tensor:
@@ -248,7 +250,7 @@ def required_labels(subject: Subject, labels: Tensor | None, wanted_by: str, ins
     if labels is None:
         raise InputError(f"{wanted_by} needs labels and the images have none; give a folder of class folders, or {instead}")
     if among_classes and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < subject.num_classes:
-        found = f"labels {int(labels.min())} to {int(labels.max())}, the model {subject.num_classes} classes"
+        found = f"labels {int(labels.min())} to {int(labels.max())}, the model {counted(subject.num_classes, 'class')}"
         raise InputError(f"{wanted_by} cannot be used: the images have {found}; give the model's own images, or {instead}")
     return labels
 

@@ -1,6 +1,6 @@
 """What a metric is given: the folded graph, the images, the widths, and how it is to go about it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ class Subject:
     `graph` is the folded graph (`ranges.fold`), whose layers and values are those that calibration starts from; `histograms` are those
     of its activations, by `Operand.tensor`; `batches` the images, with labels where the source has them; `bits` the widths, ascending;
     `num_classes` is 0 for a backbone. A metric that takes long appends its results to `journal` as they come and goes on from there.
+    One that works long on a batch tells `progress` how many images are done, parts of one too.
     `covariances` are those of linears' inputs, by layer name, with which `calibrate` rounds weights; without one, to nearest.
     """
 
@@ -31,6 +32,7 @@ class Subject:
     options: MetricOptions = field(default_factory=MetricOptions)
     journal: Path | None = None
     covariances: Mapping[str, Tensor] = field(default_factory=dict)
+    progress: Callable[[float], None] = field(default=lambda _: None, compare=False, repr=False)
 
     @property
     def probe(self) -> Probe:

@@ -6,7 +6,7 @@ The file appears only after it was run and compared with the checkpoint. Opens n
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import onnx
 from torch import Tensor
 
 from vitq.checkpoint import Checkpoint
+from vitq.choices import OPSETS
 from vitq.errors import UsageError
 from vitq.onnx_file.factors import fold_numbers
 from vitq.onnx_file.file import data_file, folder_beside, place, store
@@ -22,9 +23,10 @@ from vitq.onnx_file.kernels import integer_layers
 from vitq.onnx_file.lowering import lower
 from vitq.onnx_file.split import split_linears
 from vitq.onnx_file.storage import STORAGES, Storage, is_symmetric, stored_bytes
-from vitq.onnx_file.trace import OPSET, OPSETS, trace_graph
+from vitq.onnx_file.trace import OPSET, trace_graph
 from vitq.onnx_file.verify import verify_file
 from vitq.runtime import INT8_ALLOWED
+from vitq.units import counted
 from vitq.whole import refuse_existing
 
 __all__ = ["ExportReport", "Storage", "export", "stored_bytes"]
@@ -63,6 +65,7 @@ def export(
     attention_int8: bool = False,
     opset: int = OPSET,
     batch: int | None = None,
+    progress: Callable[[float, float, str], None] | None = None,
 ) -> ExportReport:
     """Writes and verifies an ONNX file (input `images` (B, 3, H, W) float32, output `output`).
 
@@ -78,6 +81,7 @@ def export(
             metadata name (`vitq.session_options`), and computes the same without.
         opset: of ONNX, 21 to 25.
         batch: the number of images that the file takes; None for any.
+        progress: is told (stages begun, all of them, what is done) as each begins.
 
     Raises:
         UsageError: the file exists and `force` is not set, an unknown storage or opset, or "standard" for weights that have zero points.
@@ -88,17 +92,23 @@ def export(
     path = Path(path)
     _refuse(checkpoint, storage, opset, batch)
     refuse_existing(path, force)
+    told = _stages(progress)
+    told("trace")
     split, became = split_linears(checkpoint)
     written = fold_numbers(split)
     model = trace_graph(written.graph, opset, batch)
+    told("lower")
     layers = lower(model, written, storage, attention_int8)
     needed = INT8_ALLOWED if any(less > 0 for layer in layers for less in layer.lessened) else {}
     file = finish_file(model, layers, checkpoint, needed)
     with folder_beside(path) as folder:
+        told("write")
         stored = folder / path.name
         store(file, stored)
         onnx.checker.check_model(str(stored))
+        told("verify")
         agreement = verify_file(file, layers, written, batches, checkpoint, needed, folder)
+        told("kernels")
         fused = integer_layers(stored)
         file_bytes = sum(part.stat().st_size for part in (stored, data_file(stored)) if part.exists())
         place(stored, path)
@@ -120,6 +130,21 @@ def export(
     )
 
 
+_STAGES = ("trace", "lower", "write", "verify", "kernels")
+
+
+def _stages(progress: Callable[[float, float, str], None] | None) -> Callable[[str], None]:
+    """What is told the name of each stage as it begins."""
+    whole = len(_STAGES)
+
+    def told(stage: str) -> None:
+        if progress:
+            begun = 1 + _STAGES.index(stage)
+            progress(begun, whole, f"{begun} of {whole}, {stage}")
+
+    return told
+
+
 def _refuse(checkpoint: Checkpoint, storage: str, opset: int, batch: int | None) -> None:
     if storage not in STORAGES:
         raise UsageError(f"storage {storage!r} is not known; give one of {', '.join(STORAGES)}")
@@ -130,6 +155,6 @@ def _refuse(checkpoint: Checkpoint, storage: str, opset: int, batch: int | None)
     asymmetric = [name for name, weight in checkpoint.weights.items() if not is_symmetric(weight)]
     if storage == "standard" and asymmetric:
         raise UsageError(
-            f"storage standard takes weights without zero points, those of {len(asymmetric)} layers have some ({asymmetric[0]}); "
-            "run `vitq calibrate --symmetric --force`, or give --storage packed"
+            f"storage standard takes weights without zero points, those of {counted(len(asymmetric), 'layer')} have some "
+            f"({asymmetric[0]}); run `vitq calibrate --symmetric --force`, or give --storage packed"
         )

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from vitq import __version__
 from vitq.artifacts import BitPlan
 from vitq.checkpoint import Checkpoint
-from vitq.units import in_units
+from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.onnx_file import ExportReport
@@ -42,7 +42,7 @@ def model_card(checkpoint: Checkpoint, report: "ExportReport", file: str, needed
 # {spec.architecture}, quantized by vitq
 
 A Q/DQ ONNX file for onnxruntime on a CPU: `{file}`, {in_units(report.file_bytes, "B")}. {report.integer_kernels} of
-{report.integer_candidates} linears and matmuls run as integer kernels; {report.float_by_choice} convolutions compute in float.
+{report.integer_candidates} linears and matmuls run as integer kernels; {counted(report.float_by_choice, "convolution")} in float.
 Before it was written it was compared, layer by layer, with the quantized model that it was made from:
 {report.code_mismatch:.2g} of the integers differ, the top-1 class agrees on {report.top1_agreement:.2f} % of the images.
 

@@ -21,8 +21,6 @@ from vitq.graph import Graph, copy
 
 DOMAIN = "vitq"
 OPSET = 21
-OPSETS = range(21, 26)
-"""The opsets that can be written: 4-bit initializers came with 21."""
 
 
 def trace_graph(graph: Graph, opset: int = OPSET, batch: int | None = None) -> ir.Model:

@@ -8,7 +8,7 @@ folder and opening its model, which is the command's business, and everything th
 
 from vitq.report.close_up import close_ups
 from vitq.report.costs import hurting
-from vitq.report.findings import Bars, Benchmark, CloseUp, Evaluated, File, Findings, Panel
+from vitq.report.findings import Bars, CloseUp, File, Findings, Panel
 from vitq.report.html import page
 
-__all__ = ["Bars", "Benchmark", "CloseUp", "Evaluated", "File", "Findings", "Panel", "close_ups", "hurting", "page"]
+__all__ = ["Bars", "CloseUp", "File", "Findings", "Panel", "close_ups", "hurting", "page"]

@@ -4,21 +4,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from vitq.artifacts import BitPlan, Profile, Staircase
+from vitq.artifacts.results import Benchmark, Evaluated, Result
 from vitq.latency import LatencyTable
-
-Percent = Annotated[float, Field(ge=0, le=100)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Result(BaseModel):
-    """A saved result: closed against nonsense, open for what later versions add."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Asked(Result):
@@ -40,52 +32,6 @@ def asked(plan: BitPlan | None) -> Asked | None:
         return Asked.model_validate(plan.made_from["allocation"]) if plan else None
     except (KeyError, ValidationError):
         return None
-
-
-class Evaluated(Result):
-    """One artifact's entry in evaluate.json: means over `num_images` images, and the half widths of their 95 % intervals.
-
-    Percent, percentage points (`top1_change`, against the float model) and nats per image (`kl`); None where it was not measured.
-    """
-
-    num_images: int = Field(ge=1)
-    top1: Percent | None = None
-    top5: Percent | None = None
-    top1_change: float | None = None
-    top1_change_margin: float | None = None
-    agreement: Percent | None = None
-    kl: float | None = None
-    kl_margin: float | None = None
-    cosine: float | None = None
-    relative_error: float | None = None
-
-
-class Timed(Result):
-    """One file at one batch size in bench.json, in milliseconds a run."""
-
-    name: str
-    batch: int = Field(ge=1)
-    threads: int
-    median_ms: Positive
-    p90_ms: Positive
-    images_per_second: float
-    speedup: float
-
-
-class Loaded(Result):
-    """What loading a file took, in bench.json."""
-
-    name: str
-    file_bytes: int
-    load_ms: float
-    peak_memory_bytes: int | None = None
-
-
-class Benchmark(Result):
-    """bench.json."""
-
-    results: tuple[Timed, ...]
-    files: tuple[Loaded, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitq.artifacts.results import Evaluated, Timed
+from vitq.intervals import wilson
 from vitq.report import pictures
 from vitq.report.bit_map import sums
-from vitq.report.findings import Evaluated, Findings, Lacking, Timed
-from vitq.report.intervals import wilson
+from vitq.report.findings import Findings, Lacking
 
 _BASELINES = ("float32", "quantize_dynamic", "quantize_static")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vitq.allocation.summary import summarize_plan
 from vitq.errors import InputError
-from vitq.images import describe
+from vitq.preparation import describe
 from vitq.report import pictures
 from vitq.report.bit_map import bit_map
 from vitq.report.costs import errors, sensitivity

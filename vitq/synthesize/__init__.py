@@ -32,9 +32,9 @@ from vitq.graph import capture
 from vitq.models import LoadedModel
 from vitq.synthesize.descent import descend
 from vitq.synthesize.objective import Objective, objective_of
-from vitq.synthesize.pictures import describe, framed, pixels, preprocessed, save, sheet
+from vitq.synthesize.pictures import framed, pixels, preprocessed, save, sheet
 
-__all__ = ["STEPS", "Synthesis", "describe", "framed", "save", "sheet", "synthesize"]
+__all__ = ["STEPS", "Synthesis", "framed", "save", "sheet", "synthesize"]
 
 STEPS = 1000
 """The paper's, of both stages together."""

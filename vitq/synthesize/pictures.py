@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,20 +69,6 @@ def save(pictures: Tensor, labels: Tensor | None, made_from: dict[str, Any], pat
     # One entry only: safetensors writes several in any order, and the same images are to be the same bytes.
     metadata = {"made_from": json.dumps(made_from, sort_keys=True)}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def describe(path: str | Path) -> dict[str, Any] | None:
-    """What an images.safetensors holds: `num_images`, `shape` of an image as stored, `labelled`, `made_from`; None for any other file."""
-    try:
-        with safe_open(path, "pt") as file:
-            if "images" not in (names := set(file.keys())):
-                return None
-            count, *shape = file.get_slice("images").get_shape()
-            known = json.loads((file.metadata() or {}).get("made_from", "{}"))
-    except (SafetensorError, OSError, ValueError):
-        return None  # whoever reads the file says what is wrong with it
-    made_from = {name: value for name, value in known.items() if isinstance(value, dict)} if isinstance(known, dict) else {}
-    return {"num_images": count, "shape": shape, "labelled": "labels" in names, "made_from": made_from}
 
 
 def sheet(pictures: Tensor) -> np.ndarray:

@@ -4,6 +4,9 @@ import math
 
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
+COUNTED = ("top1", "top5", "agreement")
+"""The measures of an evaluation that are shares of its images."""
+
 
 def wilson(percent: float, num_images: int) -> tuple[float, float]:
     """The 95 % confidence interval of a counted share, both ends in percent: Wilson's, which stays in [0, 100] and holds at the ends.
