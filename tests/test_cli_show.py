@@ -108,7 +108,8 @@ def test_allocate_ends_with_a_map_of_the_bits(run: Path, found: Profile):
     assert "head 8" in apart
 
 
-def test_nothing_is_drawn_for_machines(run: Path):
+def test_nothing_is_drawn_for_machines_and_the_quiet(run: Path, found: Profile):
+    assert "blocks.1" not in vitq("allocate", run / "profile.json", "--uniform", "4", "--force", "-q").out
     assert "objective" in vitq("allocate", run / "profile.json", "--uniform", "4", "--force", "--json").document
 
 

@@ -156,7 +156,7 @@ def allocate(
     plan = chosen.plan.model_copy(update={"made_from": chosen.plan.made_from | {"profile": digest_of(found)}})
     save(plan, path, force)
     unit = found.costs[plan.made_from["allocation"]["metric"]].unit
-    table = [plan_table(plan, found.layers)] if verbose else plan_map(plan, found.layers)
+    table = [plan_table(plan, found.layers)] if verbose else [] if quiet else plan_map(plan, found.layers)
     terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
     if uniform is None and (lowest := _no_choice(plan, min(found.costs[plan.made_from["allocation"]["metric"]].bits))) is not None:
         terminal.note(f"the budget leaves no choice: every searched layer gets {lowest} bits, the fewest; more than that is a choice")

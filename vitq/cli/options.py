@@ -55,7 +55,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Try it on two batches, say what time, memory and disk all of it takes, and stop.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only; with --json, the document too.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the result and faults.")]
 
 # Every command takes the common options; where one makes no difference, its help leaves it out.
 UnusedSeed = Annotated[int | None, typer.Option("--seed", hidden=True)]

@@ -142,7 +142,7 @@ def profile(
     save(found, path, force)
     journal.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
-    tables = [cost_table(found, name) for name in found.costs] if verbose else cost_map(found, next(iter(found.costs)))
+    tables = [cost_table(found, name) for name in found.costs] if verbose else [] if quiet else cost_map(found, next(iter(found.costs)))
     terminal.result(_document(found, str(path), opened, seconds), *_lines(found, seconds), *tables, f"wrote {path}")
     if fused := found.made_from.get("unfused_attention"):
         terminal.note(

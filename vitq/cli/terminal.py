@@ -46,11 +46,11 @@ class Terminal:
         (self.detail if data_config == known else self.note)(f"preprocessing: {describe(data_config)}")
 
     def result(self, document: dict[str, Any], *parts: "str | Table") -> None:
-        """What the command found: the document with --json, else the parts, lines or tables, unless only errors are wanted."""
+        """What the command found: the document with --json, else the parts, lines or tables."""
         if self.as_json:
             print(json_text(document), end="", flush=True)  # so that a full disk is said here, and not as the interpreter ends
             return
-        for part in () if self.quiet else parts:
+        for part in parts:
             if isinstance(part, str):
                 print(part)
             else:
