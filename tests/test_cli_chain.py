@@ -370,7 +370,7 @@ def test_show_a_run_folder_says_what_is_stale(session: Path):
     }
     assert vitq("profile", "model", "--images", "images", "--num-images", 8, "--bits", "4,8", "--force", folder=session).code == 0
     found = stale()
-    assert found["plan.json"] == "made from another profile.json than the one beside it; run `vitq allocate --force` again"
+    assert found["plan.json"] == "made from another profile.json than the one beside it; run `vitq allocate --budget 5 --force` again"
     assert "another profile.json" in str(found["model.safetensors"])
 
 

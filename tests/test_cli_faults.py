@@ -1,7 +1,10 @@
 """Bad input: the exit code, a message that says what to do, no traceback, and no file left behind."""
 
+import contextlib
+import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from cli_session import Done, environment, make_images, make_model, vitq
+
+from vitq.cli.app import main
 
 
 def refused(session: Path, code: int, *arguments: object) -> str:
@@ -145,6 +150,40 @@ def test_a_missing_input_is_said_before_an_output_that_exists(session: Path, com
     assert gone in refused(session, 3, *command)
 
 
+def test_commands_that_are_proposed_can_be_pasted(session: Path, tmp_path: Path):
+    folder = tmp_path / "r ö 2"
+    shutil.copytree(session / "vitq-run", folder)
+    for command in (("allocate", "--budget", "4", "--force"), ("evaluate", folder / "model.onnx", "--verify")):
+        said = vitq(*command, *(("--run-dir", folder) if command[0] == "allocate" else ()), folder=session)
+        proposed = shlex.split(said.err.rpartition("next: ")[2])
+        assert said.code == 0 and any(Path(word) in (folder, folder / "model.onnx") for word in proposed), said.err
+
+
+def test_a_terminal_that_cannot_show_a_letter_gets_its_code(session: Path):
+    bytes_out = io.BytesIO()
+    out = io.TextIOWrapper(bytes_out, encoding="ascii", write_through=True)
+    with contextlib.redirect_stdout(out), contextlib.chdir(session), pytest.raises(SystemExit) as ended:
+        main(["evaluate", "vitq-run/model.onnx", "--images", "images", "--num-images", "8"])
+    assert not ended.value.code and b"\\xb1" in bytes_out.getvalue()
+
+
+def test_folders_of_another_number_than_the_classes_are_no_labels(session: Path, tmp_path: Path):
+    shutil.copytree(session / "images", tmp_path / "images")
+    shutil.rmtree(min((tmp_path / "images").iterdir()))
+    model = make_model(tmp_path / "named")
+    config = json.loads((model / "config.json").read_text())
+    config.pop("label_names", None)
+    (model / "config.json").write_text(json.dumps(config))
+    command = ("profile", model, "--images", tmp_path / "images", "--metric", "lrp", "--lrp-target", "label", "-o", tmp_path / "p.json")
+    assert "label" in refused(session, 3, *command)
+    assert "there is nothing to measure" in refused(session, 2, "evaluate", model, "--images", tmp_path / "images")
+
+
+def test_averages_of_no_layer_are_said_to_be(session: Path):
+    done = vitq("allocate", "--budget", "4", "--fixed", "*=8", "-o", "all.json", folder=session)
+    assert done.code == 0 and "every layer is fixed, so there was nothing to buy" in done.err
+
+
 def test_an_output_that_is_a_folder(session: Path):
     assert "is a folder; give -o a file" in refused(session, 2, "allocate", "--budget", "4", "--force", "-o", "model")
 
@@ -169,6 +208,7 @@ def test_an_output_that_is_a_folder(session: Path):
         (("export", "--force", "--opset", 20), "--opset"),
         (("export", "--force", "--batch", "many"), "--batch 'many' is not known; give dynamic or a number of images"),
         (("export", "--force", "--batch", "0"), "--batch '0' is not known; give dynamic or a number of images"),
+        (("export", "--force", "-o", "model.txt"), "give a name that ends in .onnx"),
         (("evaluate", "model"), "--images"),
         (("bake",), "bake"),
         (("profile", "model", "--images", "images", "--num-images", "0"), "--num-images"),
@@ -184,7 +224,7 @@ def test_usage_errors(session: Path, arguments: tuple[str, ...], message: str):
     [
         ("vitq-run/plan.json", "is not a vitq-profile/1 file (found 'vitq-plan/1')"),
         ("model/config.json", "is not a vitq-profile/1 file"),
-        ("vitq-run/model.onnx", "cannot be read as JSON"),
+        ("vitq-run/model.onnx", "is no JSON but another kind of file"),
     ],
 )
 def test_a_file_of_another_kind(session: Path, artifact: str, message: str):
@@ -221,7 +261,7 @@ def test_a_stale_chain(session: Path):
     make_model(session / "another", seed=3)
     assert vitq("profile", "another", "--images", "images", "--force", "--bits", "4,8", folder=session).code == 0
     message = refused(session, 3, "calibrate", "--force")
-    assert "was made from another profile" in message and "`vitq allocate --force` again" in message
+    assert "was made from another profile" in message and "`vitq allocate --budget 4.0 --force` again" in message
     assert vitq("allocate", "--budget", "5", "--force", folder=session).code == 0
     message = refused(session, 3, "export", "--force")
     assert "calibrated to another plan" in message and "`vitq calibrate --force` again" in message

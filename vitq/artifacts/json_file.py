@@ -54,6 +54,8 @@ def load_artifact(path: str | Path, kind: type[T], made_by: str) -> T:
         data = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; `{made_by}` writes it") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no JSON but another kind of file; give what `{made_by}` writes") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}; `{made_by}` writes a new one") from None
     if _depth(data) > 100:

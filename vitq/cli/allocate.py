@@ -158,6 +158,8 @@ def allocate(
     unit = found.costs[plan.made_from["allocation"]["metric"]].unit
     table = [plan_table(plan, found.layers)] if verbose else [] if quiet else plan_map(plan, found.layers)
     terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
+    if budget and all(entry.name in plan.fixed for entry in plan.layers):
+        terminal.note("every layer is fixed, so there was nothing to buy: averages are of the layers that are not")
     if uniform is None and (lowest := _no_choice(plan, min(found.costs[plan.made_from["allocation"]["metric"]].bits))) is not None:
         terminal.note(f"the budget leaves no choice: every searched layer gets {lowest} bits, the fewest; more than that is a choice")
     terminal.next(in_folder("vitq calibrate", path, PLAN))

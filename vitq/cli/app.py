@@ -3,6 +3,7 @@
 What loads torch is imported inside the commands, so that `vitq --help` answers at once.
 """
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what follows `vitq`; by default the process's own arguments.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± or ö gets their codes, as on stderr, not a traceback
     try:
         app(args=arguments, prog_name="vitq")
     except VitqError as error:

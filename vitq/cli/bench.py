@@ -1,6 +1,7 @@
 """`vitq bench`: latency, load time and memory of ONNX files on this machine."""
 
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -122,7 +123,11 @@ def bench(
     terminal.result(document, *bench_tables(rows, loaded), *([f"wrote {path}"] if path else []))
     _check(rows, named, max_ms)
     in_run_folder = path == folder / BENCH
-    terminal.next(in_folder("vitq report", folder / REPORT, REPORT) if in_run_folder else f"vitq evaluate {files[0]} --images PATH")
+    terminal.next(
+        in_folder("vitq report", folder / REPORT, REPORT)
+        if in_run_folder
+        else shlex.join(["vitq", "evaluate", str(files[0]), "--images", "PATH"])
+    )
 
 
 def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, path: Path, terminal: Terminal) -> None:
@@ -145,7 +150,7 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
     )
     terminal.result(table.model_dump(mode="json"), timing_table(table), *sums, f"wrote {path}")
     command = f"vitq allocate --budget latency={whole['below']:.3g}ms"
-    terminal.next(in_folder(command, path, LATENCY) if path.name == LATENCY else f"{command} --latency-table {path}")
+    terminal.next(in_folder(command, path, LATENCY) if path.name == LATENCY else f"{command} --latency-table {shlex.quote(str(path))}")
 
 
 def timing_table(table: "LatencyTable") -> "Table":

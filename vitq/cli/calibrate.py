@@ -1,6 +1,7 @@
 """`vitq calibrate`: quantizers fitted to a plan, into model.safetensors."""
 
 import math
+import shlex
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -146,4 +147,6 @@ def calibrate(
     what = f"{counted(len(chosen.layers), 'layer')} calibrated by recipe {recipe} {on}"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
     exports = all(isinstance(quantizer, Uniform | LogGrid) for quantizer in checkpoint.activations.values())
-    terminal.next(in_folder("vitq export", path, CHECKPOINT) if exports else f"vitq evaluate {path} --images PATH")
+    terminal.next(
+        in_folder("vitq export", path, CHECKPOINT) if exports else shlex.join(["vitq", "evaluate", str(path), "--images", "PATH"])
+    )

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,13 +203,13 @@ def refuse_unwritable(path: Path) -> None:
 def in_folder(command: str, path: Path, name: str) -> str:
     """The command that reads the artifact at `path`, by as few words as possible."""
     if path.name != name:
-        return f"{command} {path}"
+        return f"{command} {shlex.quote(str(path))}"
     return in_run(command, path.parent)
 
 
 def in_run(command: str, folder: Path) -> str:
     """The command that works in a run folder."""
-    return command if folder == DEFAULT_FOLDER else f"{command} --run-dir {folder}"
+    return command if folder == DEFAULT_FOLDER else f"{command} --run-dir {shlex.quote(str(folder))}"
 
 
 def digest_of(profile: "Profile") -> str:
@@ -254,8 +255,16 @@ def refuse_stale_plan(plan: "BitPlan", path: Path) -> None:
 
     profile = path.parent / PROFILE
     if profile.is_file() and from_another_profile(plan.made_from, load_profile(profile)):
-        again = in_run("vitq allocate --force", path.parent)
+        again = in_run(f"vitq allocate {bought_with(plan)} --force", path.parent)
         raise InputError(f"{path} was made from another profile than {profile}; run `{again}` again, or give the PLAN to use")
+
+
+def bought_with(plan: "BitPlan") -> str:
+    """The options of `vitq allocate` for the bits that a plan was made for, else the usual budget."""
+    asked = plan.made_from.get("allocation")
+    budgets, uniform = (asked.get("budgets"), asked.get("uniform")) if isinstance(asked, dict) else (None, None)
+    words = [word for budget in budgets for word in ("--budget", str(budget))] if isinstance(budgets, list) else []
+    return shlex.join(words or (["--uniform", str(uniform)] if uniform else ["--budget", "4.0"]))
 
 
 def refuse_stale_checkpoint(checkpoint: "Checkpoint", path: Path) -> None:

@@ -3,6 +3,7 @@
 Leaves a complete run folder of the mixed plan; the uniform plans are complete ones in folders below it.
 """
 
+import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def demo(
     seconds = time.perf_counter() - started
     document = {"run_dir": str(run_dir), "results": [row.document() for row in rows], "report": str(file), "seconds": seconds}
     terminal.result(document, _table(rows), f"took {seconds:.0f} s; everything is in {run_dir}, and {file} shows it")
-    terminal.next(f"vitq show {run_dir / PLAN}")
+    terminal.next(shlex.join(["vitq", "show", str(run_dir / PLAN)]))
 
 
 @dataclass(frozen=True)

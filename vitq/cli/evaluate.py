@@ -89,7 +89,7 @@ def evaluate(
         if output is not None:
             _write(output, verified)
         terminal.result(verified, said)
-        terminal.next(f"vitq evaluate {artifact} --images PATH")
+        terminal.next(shlex.join(["vitq", "evaluate", artifact, "--images", "PATH"]))
         return
     loading = options.loading(arch, num_classes, img_size, model_kwargs)
     options.usable_device(device)
@@ -99,13 +99,24 @@ def evaluate(
     with terminal.waiting("load"):
         subject = _open(artifact, loading, device)
         float_model = _reference(subject, reference, loading, run_dir)
-    opened = open_for(subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names)
-    labelled = _labels_fit(opened, subject.num_classes)
+    opened = open_for(
+        subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names, subject.num_classes
+    )
+    labelled = subject.num_classes > 0 and opened.labelled
     _refuse_unmeasurable(gates, subject.num_classes, labelled, float_model is not None)
+    if not labelled and float_model is None:
+        why = (
+            f"{images} has no labels of the model's {counted(subject.num_classes, 'class')}"
+            if subject.num_classes
+            else "a model without classes has no top-1"
+        )
+        raise UsageError(f"there is nothing to measure: {why}, and no float model is known; give it with --reference MODEL")
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
     say_foreign(terminal, subject.model_digest, images)
     if not labelled and subject.num_classes:
         terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
+    if float_model is None and subject.folder is not None:
+        terminal.note("no float model is known, so there is no agreement with it and no KL; give it with --reference MODEL")
     runnable = None if float_model is None else on_device(float_model.module, device)
 
     def measured(images: "Images") -> "Evaluation":
@@ -114,7 +125,9 @@ def evaluate(
 
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
-        sample = open_for(subject.model_digest, images, subject.data_config, few, seed, batch_size, workers, subject.label_names)
+        sample = open_for(
+            subject.model_digest, images, subject.data_config, few, seed, batch_size, workers, subject.label_names, subject.num_classes
+        )
         say_estimate(
             terminal, "evaluate", tried(terminal, lambda _: measured(sample), sample, opened.num_listed, started), "for its result"
         )
@@ -135,7 +148,7 @@ def evaluate(
     elif subject.folder is None:
         terminal.next(shlex.join(["vitq", "profile", artifact, *options.loading_words(loading), "--images", "PATH"]))
     else:
-        terminal.next(f"vitq {'bench' if artifact.endswith('.onnx') else 'export'} {artifact}")
+        terminal.next(shlex.join(["vitq", "bench" if artifact.endswith(".onnx") else "export", artifact]))
 
 
 @dataclass(frozen=True)
@@ -254,17 +267,14 @@ def _profiled(folder: Path | None) -> dict[str, Any] | None:
     return load_profile(path).model.data_config if path and path.is_file() else None
 
 
-def _labels_fit(images: "Images", num_classes: int) -> bool:
-    """Whether labels can be compared with predictions: there are some, for as many classes as the model has."""
-    return num_classes > 0 and images.labelled and len(images.class_names) in (0, num_classes)
-
-
 def _refuse_unmeasurable(gates: Mapping[str, float], num_classes: int, labelled: bool, with_reference: bool) -> None:
     """Raises UsageError for a gate on what will not be measured, before anything is."""
     if gates and not num_classes:
         raise UsageError("a model without classes has no top-1, agreement or KL; leave the gates out")
     if "min_top1" in gates and not labelled:
-        raise UsageError("--min-top1 needs images with labels of the model's classes; give --images a folder of class folders")
+        raise UsageError(
+            f"--min-top1 needs images with labels; give --images a folder with a folder for each of {counted(num_classes, 'class')}"
+        )
     if {"min_agreement", "max_kl"} & set(gates) and not with_reference:
         raise UsageError("--min-agreement and --max-kl need the float model; give it with --reference MODEL")
 
@@ -292,4 +302,4 @@ def _check(gates: Mapping[str, float], document: Mapping[str, Any]) -> None:
         if not (document[name] >= limit if bound == "min" else document[name] <= limit):
             missed.append(f"{name} is {document[name]:.6g}, {'below' if bound == 'min' else 'above'} --{gate.replace('_', '-')} {limit:g}")
     if missed:
-        raise GateError("; ".join(missed) + "; give the layers more bits, or lower the gate")
+        raise GateError("; ".join(missed) + "; give the layers more bits, or loosen the gate")

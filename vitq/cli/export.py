@@ -72,6 +72,8 @@ def export(
     refuse_missing(source, "vitq calibrate")
     refuse_missing_sources(None, images)
     path = output_path(output, folder, ONNX, force or dry_run)
+    if path.suffix != ".onnx":
+        raise UsageError(f"-o {path}: what is exported is ONNX; give a name that ends in .onnx")
     fixed = _fixed_batch(batch)
     card_path = path.with_name("README.md")
     if card:

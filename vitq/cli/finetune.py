@@ -142,7 +142,9 @@ def finetune(
     with joined(device) as processes:
         terminal = Terminal(quiet or not processes.leads, verbose, as_json)
         loaded = memory.model(model, "--model")
-        opened = open_for(loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
+        opened = open_for(
+            loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names, loaded.num_classes
+        )
         terminal.preprocessing(loaded.data_config, chosen.model.data_config)
         say_foreign(terminal, loaded.digest, images)
         state = path.with_name(f".{path.stem}.finetuning.safetensors")

@@ -1,7 +1,8 @@
-"""Images opened for a model, without the labels of another model that made them.
+"""Images opened for a model, without labels that are not the model's.
 
 `vitq synthesize` labels its images with the classes that its own model was to see. To another model they are pixels like any others, but
-class 3 of one model is not class 3 of another, so such images count as unlabelled.
+class 3 of one model is not class 3 of another, so such images count as unlabelled. So do class folders of another number than the model has
+classes: which class a folder stands for is not known.
 """
 
 from dataclasses import replace
@@ -22,8 +23,9 @@ def open_for(
     batch_size: int,
     workers: int,
     class_names: tuple[str, ...],
+    num_classes: int,
 ) -> "Images":
-    """As `images.open_images`, without labels where the images were made from another model than the one of this digest.
+    """As `images.open_images`, without labels where they are not this model's.
 
     Args:
         digest: of the float model, as `LoadedModel` has it; None where it is not known: then no labels are left out.
@@ -34,12 +36,14 @@ def open_for(
         batch_size: images a batch.
         workers: processes that decode.
         class_names: the model's label names.
+        num_classes: of the model; 0 for a backbone.
     """
     from vitq.images import open_images
 
     foreign = made_by_another(digest, source) is not None
     opened = open_images(source, data_config, num_images, seed, batch_size, workers, () if foreign else class_names)
-    return replace(opened, labelled=False, class_names=()) if foreign else opened
+    others = bool(num_classes) and len(opened.class_names) not in (0, num_classes)
+    return replace(opened, labelled=False, class_names=()) if foreign or others else opened
 
 
 def say_foreign(terminal: "Terminal", digest: str | None, source: str) -> None:

@@ -123,13 +123,15 @@ def profile(
     started = time.perf_counter()
     with terminal.waiting("load the model"):
         loaded = load(model, **loading.model_dump())
-    opened = open_for(loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names)
+    opened = open_for(
+        loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names, loaded.num_classes
+    )
     terminal.preprocessing(loaded.data_config)
     say_foreign(terminal, loaded.digest, images)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}; images {opened.source}, sha256 of the list {opened.digest}")
     if dry_run:
         few = min(trial_size(batch_size), opened.num_listed)
-        sample = open_for(loaded.digest, images, loaded.data_config, few, seed, batch_size, workers, loaded.label_names)
+        sample = open_for(loaded.digest, images, loaded.data_config, few, seed, batch_size, workers, loaded.label_names, loaded.num_classes)
 
         def work(folder: Path) -> None:
             save(price(loaded, sample, metric or [DEFAULT_METRIC], widths, seed, device, chosen, folder / "journal"), folder / PROFILE)

@@ -88,7 +88,7 @@ def report(
         first = document["left_out"][0]
         terminal.next(f"{first['command']}   # adds: {first['title']}")
     else:
-        terminal.next(f"vitq show {folder}")
+        terminal.next(shlex.join(["vitq", "show", str(folder)]))
 
 
 def _refuse_empty(folder: Path) -> None:

@@ -17,6 +17,7 @@ from vitq.cli.chain import (
     PLAN,
     PROFILE,
     REPORT,
+    bought_with,
     file_digest,
     from_another_profile,
     in_run,
@@ -57,7 +58,7 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
         found.append((PROFILE, holds, None))
     if plan is not None:
         another = profile and from_another_profile(plan.made_from, profile)
-        found.append((PLAN, _bits(plan), _another("made from", PROFILE, folder, "vitq allocate") if another else None))
+        found.append((PLAN, _bits(plan), _another("made from", PROFILE, folder, f"vitq allocate {bought_with(plan)}") if another else None))
     calibrated = None
     if (folder / CHECKPOINT).is_file():
         from vitq import checkpoint
@@ -155,7 +156,7 @@ def _stale_checkpoint(
     if plan and of_another_plan(calibrated, made_from, plan):
         return _another("calibrated to", PLAN, folder, "vitq calibrate")
     if profile and from_another_profile(made_from, profile):
-        return _another("made from", PROFILE, folder, "vitq allocate", "vitq calibrate")
+        return _another("made from", PROFILE, folder, f"vitq allocate {bought_with(calibrated)}", "vitq calibrate")
     return None
 
 
