@@ -52,9 +52,9 @@ class Malicious:
         (("profile", "gone", "--images", "images"), "'gone' is no file, folder or timm model"),
         (("profile", "gone.safetensors", "--images", "images"), "gone.safetensors does not exist; give a timm local folder"),
         (("profile", "model", "--images", "gone"), "gone does not exist; give a folder of images"),
-        (("allocate", "--budget", "4"), "profile.json does not exist; `vitq profile MODEL --images PATH` writes it"),
-        (("calibrate",), "plan.json does not exist; `vitq allocate --budget 4.0` writes it"),
-        (("export",), "model.safetensors does not exist; `vitq calibrate` writes it"),
+        (("allocate", "--budget", "4"), "profile.json does not exist; `vitq profile MODEL --images PATH --run-dir new` writes it"),
+        (("calibrate",), "plan.json does not exist; `vitq allocate --budget 4.0 --run-dir new` writes it"),
+        (("export",), "model.safetensors does not exist; `vitq calibrate --run-dir new` writes it"),
         (("evaluate", "gone.onnx", "--images", "images"), "gone.onnx does not exist; `vitq export` writes it"),
         (("show", "gone.json"), "gone.json does not exist"),
     ],
@@ -157,6 +157,11 @@ def test_commands_that_are_proposed_can_be_pasted(session: Path, tmp_path: Path)
         said = vitq(*command, *(("--run-dir", folder) if command[0] == "allocate" else ()), folder=session)
         proposed = shlex.split(said.err.rpartition("next: ")[2])
         assert said.code == 0 and any(Path(word) in (folder, folder / "model.onnx") for word in proposed), said.err
+
+
+def test_a_run_folder_that_is_to_be_quoted(session: Path):
+    message = refused(session, 3, "finetune", "--images", "images", "--run-dir", "a b")
+    assert "does not exist; `vitq allocate --budget 4.0 --run-dir 'a b'` writes it" in message
 
 
 def test_a_terminal_that_cannot_show_a_letter_gets_its_code(session: Path):

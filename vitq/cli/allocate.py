@@ -11,7 +11,19 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.bit_map import plan_map
-from vitq.cli.chain import LATENCY, PLAN, PROFILE, Memory, Reading, digest_of, in_folder, output_path, refuse_missing_sources, run_folder
+from vitq.cli.chain import (
+    LATENCY,
+    PLAN,
+    PROFILE,
+    Memory,
+    Reading,
+    digest_of,
+    in_folder,
+    output_path,
+    refuse_missing_in_run,
+    refuse_missing_sources,
+    run_folder,
+)
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
@@ -121,6 +133,8 @@ def allocate(
     from vitq.artifacts import load_profile, save
     from vitq.latency import load_latency_table
 
+    if profile is None:
+        refuse_missing_in_run(folder / PROFILE, "vitq profile MODEL --images PATH")
     found = load_profile(profile or folder / PROFILE)
     limited = any(text.strip().startswith("latency=") for text in budget or ())
     latencies = load_latency_table(latency_table or folder / LATENCY) if limited or latency_table else None

@@ -18,6 +18,7 @@ from vitq.cli.chain import (
     in_folder,
     output_path,
     plan_memory,
+    refuse_missing_in_run,
     refuse_missing_sources,
     refuse_stale_plan,
     run_folder,
@@ -76,6 +77,8 @@ def calibrate(
 
     folder = run_folder(run_dir, plan)
     source = plan or folder / PLAN
+    if plan is None:
+        refuse_missing_in_run(source, "vitq allocate --budget 4.0")
     chosen = load_plan(source)
     if plan is None:
         refuse_stale_plan(chosen, source)

@@ -169,6 +169,13 @@ def refuse_missing_sources(model: str | None, images: str | None, arch: str | No
         refuse_missing_images(images)
 
 
+def refuse_missing_in_run(path: Path, command: str) -> None:
+    """Raises InputError, with the command for this run folder, where an artifact that a command takes from it is not there."""
+    from vitq.whole import refuse_missing
+
+    refuse_missing(path, in_run(command, path.parent))
+
+
 def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
     """Raises InputError, before an output is refused or anything is loaded, where there is no such file or MODEL."""
     from vitq.whole import refuse_missing

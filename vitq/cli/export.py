@@ -17,6 +17,7 @@ from vitq.cli.chain import (
     Reading,
     in_folder,
     output_path,
+    refuse_missing_in_run,
     refuse_missing_sources,
     refuse_stale_checkpoint,
     run_folder,
@@ -69,6 +70,8 @@ def export(
 
     folder = run_folder(run_dir, checkpoint)
     source = checkpoint or folder / CHECKPOINT
+    if checkpoint is None:
+        refuse_missing_in_run(source, "vitq calibrate")
     refuse_missing(source, "vitq calibrate")
     refuse_missing_sources(None, images)
     path = output_path(output, folder, ONNX, force or dry_run)

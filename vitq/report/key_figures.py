@@ -41,10 +41,15 @@ def key_figures(sections: Mapping[str, Any]) -> list[Figure]:
             found.append(Figure("agrees with float", f"{result.agreement:.2f} %", f"{interval}{moved}"))
     if (latency := sections["latency"]) and latency.own:
         own = latency.own
-        ratio = f"{latency.baseline.median_ms / own.median_ms:.2f} times as fast as float32; " if latency.baseline else ""
+        ratio = f"{_speed(own.median_ms, latency.baseline.median_ms)} as float32; " if latency.baseline else ""
         threads = f"{own.threads} thread{'s' * (own.threads != 1)}"
         found.append(Figure("latency", f"{own.median_ms:.2f} ms", f"{ratio}batch {own.batch}, {threads}"))
     return found
+
+
+def _speed(own: float, other: float) -> str:
+    """How fast one is that takes `own`, beside one that takes `other`: "2.50 times as fast", "1.10 times as slow"."""
+    return f"{other / own:.2f} times as fast" if own <= other else f"{own / other:.2f} times as slow"
 
 
 def _own(accuracy: tuple[Accuracy, ...] | None) -> Accuracy | None:
