@@ -69,6 +69,12 @@ def test_every_long_command_has_one_that_writes_nothing(session: Path, arguments
 
 
 @pytest.mark.slow
+def test_a_time_that_cannot_be_kept_is_not_promised(session: Path):
+    asked = ("synthesize", "model", "--num-images", 1_000_000, "--batch-size", 10, "--max-minutes", 0.01)
+    assert vitq(*asked, "--dry-run", "--json", folder=session).document["seconds"] > 60
+
+
+@pytest.mark.slow
 def test_an_estimate_of_disk_is_the_file(session: Path):
     said = vitq("export", "--dry-run", folder=session)
     assert "export would take about" in said.out and " of disk, in vitq-run" in said.out

@@ -82,8 +82,9 @@ def synthesize(
 
         found = trial(terminal, work, f"{_TRIED} steps", started)
         batches = num_images / min(batch_size, num_images)
-        more = (told[-1] - told[-2] if len(told) > 1 else 0.0) * (iterations * batches - len(told))
-        seconds = min(found["seconds"] + more, max(60 * max_minutes, found["seconds"]))
+        each = told[-1] - told[-2] if len(told) > 1 else 0.0
+        least = found["seconds"] + each * (batches - 1)  # every batch gets one step, whatever the time
+        seconds = min(found["seconds"] + each * (iterations * batches - len(told)), max(60 * max_minutes, least))
         disk = round(batches * found["disk_bytes"])
         say_estimate(
             terminal, "synthesize", found | {"num_images": num_images, "seconds": seconds, "disk_bytes": disk}, f"in {path.parent}"
