@@ -56,6 +56,7 @@ def test_a_trial_is_two_batches():
         (("export", "--batch-size", 4), 24),
         (("evaluate", "vitq-run/model.onnx", "--images", "images", "--batch-size", 4), NUM_IMAGES),
         (("synthesize", "model", "--num-images", 3, "--iterations", 9), 3),
+        (("finetune", "--images", "images", "--batch-size", 4), NUM_IMAGES),
     ],
     ids=lambda value: " ".join(map(str, value[:3])) if isinstance(value, tuple) else "",
 )
@@ -72,6 +73,16 @@ def test_every_long_command_has_one_that_writes_nothing(session: Path, arguments
 def test_a_time_that_cannot_be_kept_is_not_promised(session: Path):
     asked = ("synthesize", "model", "--num-images", 1_000_000, "--batch-size", 10, "--max-minutes", 0.01)
     assert vitq(*asked, "--dry-run", "--json", folder=session).document["seconds"] > 60
+
+
+@pytest.mark.slow
+def test_a_finetunings_estimate_grows_with_its_epochs_up_to_its_minutes(session: Path):
+    asked = ("finetune", "--images", "images", "--batch-size", 4, "--epochs", 100_000, "--dry-run", "--json")
+    assert vitq(*asked, folder=session).document["seconds"] > 3600
+    calibrated = session / "vitq-run" / "model.safetensors"
+    calibrated.unlink()
+    assert vitq(*asked, "--max-minutes", 30, folder=session).document["seconds"] == 1800
+    assert not calibrated.exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import shutil
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from vitq.cli.chain import (
     refuse_stale_plan,
     run_folder,
 )
+from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError
@@ -32,6 +34,8 @@ from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from vitq.artifacts import BitPlan
+    from vitq.finetune import Training
+    from vitq.images import Images
     from vitq.models import LoadedModel
 
 
@@ -87,6 +91,7 @@ def finetune(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Chooses the subset, the order and the views of the images.")
     ] = 0,
+    dry_run: options.DryRun = False,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=options.MOST_IMAGES, help="Images a step, of all processes together.")
     ] = 32,
@@ -116,7 +121,7 @@ def finetune(
     if images is None:
         raise UsageError("no images were given; give --images a folder of class folders, a .tar of one or an images.safetensors")
     calibrated = folder / CHECKPOINT
-    path = output_path(output, folder, CHECKPOINT, force or output is None)
+    path = output_path(output, folder, CHECKPOINT, force or dry_run or output is None)
     memory = plan_memory(chosen, source)
     options.usable_device(device)
     from vitq.checkpoint import load, save
@@ -150,6 +155,10 @@ def finetune(
         )
         terminal.preprocessing(loaded.data_config, chosen.model.data_config)
         say_foreign(terminal, loaded.digest, images)
+        if dry_run:
+            found = _expected(terminal, memory, loaded, chosen, opened, training, calibrated, device, started)
+            say_estimate(terminal, "finetune", found, f"in {folder}")
+            return
         state = path.with_name(f".{path.stem}.finetuning.safetensors")
         if processes.leads:
             if not calibrated.is_file():
@@ -195,6 +204,51 @@ def finetune(
         return
     terminal.result(document, what, loss, f"wrote {path} ({in_units(path.stat().st_size, 'B')})")
     terminal.next(in_folder("vitq export", path, CHECKPOINT))
+
+
+def _expected(
+    terminal: Terminal,
+    memory: Memory,
+    loaded: "LoadedModel",
+    plan: "BitPlan",
+    opened: "Images",
+    training: "Training",
+    calibrated: Path,
+    device: str,
+    started: float,
+) -> dict[str, Any]:
+    """What the run would take, by a few of its steps; whatever comes once, a calibration that is missing too, is done in full."""
+    from vitq.checkpoint import load
+    from vitq.finetune import finetune as train
+
+    told: list[tuple[float, float]] = []
+
+    def work(folder: Path) -> None:
+        start = calibrated
+        if not start.is_file():
+            start = folder / CHECKPOINT
+            _calibrate(terminal, memory, loaded, plan, training.batch_size, device, start)
+        few = replace(training, epochs=_TRIED * training.batch_size / opened.num_listed, minutes=None, save_minutes=0.0)
+        train(
+            load(start, device),
+            loaded,
+            opened,
+            few,
+            folder / "state",
+            progress=lambda done, _, __: told.append((time.perf_counter(), done)),
+        )
+        shutil.copyfile(start, folder / CALIBRATED)
+
+    found = trial(terminal, work, f"{_TRIED} steps", started)
+    each = min(((at - before) / (done - earlier) for (before, earlier), (at, done) in pairwise(told)), default=0.0)
+    left = training.epochs * opened.num_listed / training.batch_size - len(told)
+    seconds = found["seconds"] + max(left, 0) * each
+    if training.minutes is not None:
+        seconds = min(seconds, max(60 * training.minutes, found["seconds"]))
+    return {"num_images": opened.num_listed} | found | {"seconds": seconds}
+
+
+_TRIED = 4  # steps of a dry run
 
 
 def _calibrate(
