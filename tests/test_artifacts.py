@@ -90,7 +90,7 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_whole(tmp_pat
     [
         ("", r"plan\.json cannot be read as JSON"),
         (dump(PLAN)[:-30], r"plan\.json cannot be read as JSON: .*`vitq allocate --budget 4\.0` writes a new one"),
-        ("\x00\xff", "cannot be read as JSON"),
+        ("\x00\xff", "is no JSON but another kind of file"),
         ("[]", r"is not a vitq-plan/1 file \(found 'list'\)"),
         (dump(PROFILE), r"is not a vitq-plan/1 file \(found 'vitq-profile/1'\); `vitq allocate --budget 4\.0` writes one"),
         (dump(PLAN).replace("vitq-plan/1", "vitq-plan/2"), r"is not a vitq-plan/1 file \(found 'vitq-plan/2'\)"),

@@ -307,9 +307,12 @@ def test_another_models_images_are_pixels_without_labels(session: Path):
     make_model(session / "other", classes=3, seed=1)
     images = ("--images", "vitq-run/images.safetensors")
     said = "vitq-run/images.safetensors was made from another model, model: its images are used, any labels are not"
-    own, foreign = (vitq("evaluate", model, *images, "--json", folder=session) for model in ("model", "other"))
+    own = vitq("evaluate", "model", *images, "--json", folder=session)
+    foreign = vitq("evaluate", "other", *images, "--json", "--reference", "other", folder=session)
     assert (own.code, foreign.code) == (0, 0), foreign.err
     assert own.document.keys() >= {"top1", "top5"} and not foreign.document.keys() & {"top1", "top5"}
     assert said in foreign.err and "another model" not in own.err
+    alone = vitq("evaluate", "other", *images, folder=session)
+    assert alone.code == 2 and said in alone.err and "there is nothing to measure" in alone.err
     empirical = vitq("profile", "other", *images, "--metric", "lampq", "--fisher", "empirical", "--run-dir", "other-run", folder=session)
     assert empirical.code == 3 and said in empirical.err and "needs labels and the images have none" in empirical.err

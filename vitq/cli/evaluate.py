@@ -102,6 +102,7 @@ def evaluate(
     opened = open_for(
         subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names, subject.num_classes
     )
+    say_foreign(terminal, subject.model_digest, images)
     labelled = subject.num_classes > 0 and opened.labelled
     _refuse_unmeasurable(gates, subject.num_classes, labelled, float_model is not None)
     if not labelled and float_model is None:
@@ -112,7 +113,6 @@ def evaluate(
         )
         raise UsageError(f"there is nothing to measure: {why}, and no float model is known; give it with --reference MODEL")
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
-    say_foreign(terminal, subject.model_digest, images)
     if not labelled and subject.num_classes:
         terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
     if float_model is None and subject.folder is not None:
