@@ -105,18 +105,12 @@ def evaluate(
     say_foreign(terminal, subject.model_digest, images)
     labelled = subject.num_classes > 0 and opened.labelled
     _refuse_unmeasurable(gates, subject.num_classes, labelled, float_model is not None)
-    if not labelled and float_model is None:
-        why = (
-            f"{images} has no labels of the model's {counted(subject.num_classes, 'class')}"
-            if subject.num_classes
-            else "a model without classes has no top-1"
-        )
-        raise UsageError(f"there is nothing to measure: {why}, and no float model is known; give it with --reference MODEL")
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
     if not labelled and subject.num_classes:
         terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
-    if float_model is None and subject.folder is not None:
-        terminal.note("no float model is known, so there is no agreement with it and no KL; give it with --reference MODEL")
+    if float_model is None and (subject.folder is not None or not labelled):
+        nothing = "" if labelled else ": nothing is measured"
+        terminal.note(f"no float model is known to compare with{nothing}; give it with --reference MODEL")
     runnable = None if float_model is None else on_device(float_model.module, device)
 
     def measured(images: "Images") -> "Evaluation":
