@@ -156,8 +156,9 @@ def finetune(
         terminal.preprocessing(loaded.data_config, chosen.model.data_config)
         say_foreign(terminal, loaded.digest, images)
         if dry_run:
-            found = _expected(terminal, memory, loaded, chosen, opened, training, calibrated, device, started)
-            say_estimate(terminal, "finetune", found, f"in {folder}")
+            if processes.leads:
+                found = _expected(terminal, memory, loaded, chosen, opened, training, calibrated, device, started)
+                say_estimate(terminal, "finetune", found, f"in {folder}")
             return
         state = path.with_name(f".{path.stem}.finetuning.safetensors")
         if processes.leads:
