@@ -72,7 +72,8 @@ def export(
     source = checkpoint or folder / CHECKPOINT
     if checkpoint is None:
         refuse_missing_in_run(source, "vitq calibrate")
-    refuse_missing(source, "vitq calibrate")
+    else:
+        refuse_missing(source, "vitq calibrate")
     refuse_missing_sources(None, images)
     path = output_path(output, folder, ONNX, force or dry_run)
     if path.suffix != ".onnx":
