@@ -19,6 +19,7 @@ import vitq.allocation
 import vitq.bench
 import vitq.calibration
 import vitq.cli.demo
+import vitq.finetune
 import vitq.images
 import vitq.importance
 import vitq.onnx_file

@@ -304,6 +304,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(changes: dict, session: Path, mod
     assert steps[0] == 5 and steps[-1] == whole.steps == found.steps == 8  # the fifth step had not been kept
     assert same(whole.checkpoint, found.checkpoint) and not same(start, found.checkpoint)
     assert (whole.before, whole.after) == (found.before, found.after) and found.after < found.before
+    steps.clear()  # killed once more, before the state of the run that has ended was removed: the next run begins anew
+    finetune(found.checkpoint, model, opened(session, model), training, tmp_path / "state", progress=lambda done, *_: steps.append(done))
+    assert steps[0] == 1
 
 
 def test_a_state_of_another_run_is_refused(session: Path, model: LoadedModel, start: Checkpoint, tmp_path: Path):

@@ -24,7 +24,7 @@ Left out: parameters that belong to no layer and no LayerNorm (class token, posi
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -121,7 +121,8 @@ def finetune(
         return replace(schedule, left=steps_within(seconds, processes.agreed(each), whole - schedule.taken))
 
     name, earlier = _digest(checkpoint, model, images, training, processes), 0.0
-    found = kept(state, name)
+    ended = checkpoint.made_from.get("finetuning")
+    found = kept(state, name, ended.get("run") if isinstance(ended, Mapping) else None)
     if found is None:
         judging = time.perf_counter()
         before, schedule = judged(), Schedule(whole)
@@ -156,7 +157,7 @@ def finetune(
         return Finetuned(checkpoint, before, after, len(held), schedule.taken, epochs)
     trained_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
     how = {key: value for key, value in asdict(training).items() if key not in _WITHOUT_EFFECT}
-    finetuning = how | {"images": trained_on, "steps": schedule.taken, "processes": processes.count}
+    finetuning = how | {"images": trained_on, "steps": schedule.taken, "processes": processes.count, "run": name}
     made = learner.checkpoint()
     made = replace(made, floats=None, errors={}, made_from={**checkpoint.made_from, "finetuning": finetuning})
     return Finetuned(made, before, after, len(held), schedule.taken, epochs)

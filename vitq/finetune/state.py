@@ -35,8 +35,10 @@ def keep(path: Path, name: str, schedule: Schedule, before: float, tensors: Mapp
     write_whole(path, lambda temporary: save_file(own, temporary, metadata=metadata))
 
 
-def kept(path: Path, name: str) -> tuple[Schedule, float, dict[str, Tensor]] | None:
-    """The schedule, the held-out loss and the tensors that were kept; None where there is no file.
+def kept(path: Path, name: str, ended: str | None = None) -> tuple[Schedule, float, dict[str, Tensor]] | None:
+    """The schedule, the held-out loss and the tensors that were kept; None where there is no file, or one of the run `ended`.
+
+    A run that is killed between its result and the removal of its state leaves a state that nobody goes on from.
 
     Raises:
         InputError: the file is damaged, or no state of a run.
@@ -53,6 +55,8 @@ def kept(path: Path, name: str) -> tuple[Schedule, float, dict[str, Tensor]] | N
         schedule, before = Schedule(**json.loads(metadata["schedule"])), float(json.loads(metadata["before"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}; give --no-resume to begin anew") from None
+    if ended is not None and metadata.get("run") == ended:
+        return None
     if metadata.get("run") != name:
         raise UsageError(
             f"{path} is of a fine-tuning with other options, images or another start; give those to go on, or --no-resume to begin anew"
