@@ -1,5 +1,7 @@
 """`vitq allocate`: the cheapest plan that the budgets allow, into plan.json."""
 
+import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from vitq.trials import Audit, Judge, Refinement
     from vitq.trials.refine import Errors
 
+_BUDGET = re.compile(r"[\d.]+(/[\d.]+)?|(size|bops|like|latency)=.*")
 _AUDITED = 1000  # held-out images: on 256, plans of one budget keep their order less well than the metric predicts it (docs/log.md)
 
 
@@ -125,6 +128,13 @@ def allocate(
     terminal = Terminal(quiet, verbose, as_json)
     if (refine or audit) and not budget:
         raise UsageError("--refine and --audit measure plans of one budget, and none was given; give --budget 4.0, or leave them out")
+    to_measure = {"--held-out": held_out, "--model": model, "--images": images, "--num-images": num_images}
+    if not (refine or audit) and (given := [name for name, value in to_measure.items() if value is not None]):
+        raise UsageError(
+            f"{' and '.join(given)} would change nothing: plans are measured by --audit N and --refine; give one, or leave it out"
+        )
+    if profile is not None and _BUDGET.fullmatch(str(profile)) and not profile.exists():
+        raise UsageError(f"{profile} is no profile; if it is a budget, type `vitq allocate --budget {shlex.quote(str(profile))}`")
     refuse_missing_sources(model, images)
     folder = run_folder(run_dir, profile)
     alone = pareto is not None and not budget and uniform is None

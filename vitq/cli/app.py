@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from vitq import __version__
 from vitq.cli.allocate import allocate
@@ -24,8 +25,32 @@ from vitq.cli.profile import profile
 from vitq.cli.report import report
 from vitq.cli.show import show
 from vitq.cli.synthesize import synthesize
-from vitq.errors import InputError, VitqError
+from vitq.errors import InputError, UsageError, VitqError
 from vitq.whole import refusal
+
+
+class _Command(TyperCommand):
+    """A command that knows whose option it was given, where that is another command's."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """As click does; raises UsageError for an option that only other commands have."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # click's NoSuchOption, which is at home in click or in typer, as typer's version has it
+            name = getattr(error, "option_name", None)
+            others = [f"`vitq {command}`" for command, options in _options(ctx).items() if name in options and command != self.name]
+            if not others or name in _options(ctx)[str(self.name)]:
+                raise
+            near = " or ".join(found for found in getattr(error, "possibilities", None) or () if found.startswith(name))
+            here = f" (did you mean {near}?)" if near else ""
+            raise UsageError(f"{name} is no option of `vitq {self.name}`{here} but of {' and '.join(others)}; give it there") from None
+
+
+def _options(ctx: typer.Context) -> dict[str, set[str]]:
+    """The options that each command's help lists, by the command's name."""
+    commands = getattr(ctx.parent and ctx.parent.command, "commands", {})
+    listed = {name: (it for it in command.params if not getattr(it, "hidden", False)) for name, command in commands.items()}
+    return {name: {word for it in found for word in it.opts} for name, found in listed.items()}
 
 
 def going_on(command: Callable[..., None]) -> Callable[..., None]:
@@ -50,7 +75,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (profile, allocate, calibrate, finetune, export, evaluate, bench, report, synthesize, show, doctor, demo):
-    app.command()(going_on(command))
+    app.command(cls=_Command)(going_on(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -99,6 +99,10 @@ def profile(
         raise InputError(f"{explain} does not exist; give --explain a PNG or JPEG file")
     path = output_path(output, run_folder(run_dir), HEAT_MAP if explain else PROFILE, force or dry_run)
     widths = options.parse_bits(bits) or []
+    if pairs and DEFAULT_METRIC not in (metric or [DEFAULT_METRIC]):
+        raise UsageError(
+            f"--pairs is for --metric {DEFAULT_METRIC}, not {' or '.join(metric or ())}; add that metric, or leave --pairs out"
+        )
     chosen = MetricOptions(
         lrp_rules=lrp_rules,
         lrp_target=lrp_target,
