@@ -57,6 +57,9 @@ class Malicious:
         (("export",), "model.safetensors does not exist; `vitq calibrate --run-dir new` writes it"),
         (("evaluate", "gone.onnx", "--images", "images"), "gone.onnx does not exist; `vitq export` writes it"),
         (("show", "gone.json"), "gone.json does not exist"),
+        (("profile", "", "--images", "images"), "the name of the MODEL is empty; give a timm local folder"),
+        (("profile", "model", "--images", ""), "the path of the images is empty; give a folder of images"),
+        (("show", "images/class0/0.png"), "0.png is no MODEL and nothing that vitq wrote; give a timm local folder"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -209,6 +212,7 @@ def test_an_output_that_is_a_folder(session: Path):
         ),
         (("profile", "model", "--images", "images", "--force", "--model-kwargs", "depth"), "give key=value"),
         (("profile", "model", "--images", "images", "--force", "--device", "abacus"), "--device 'abacus' cannot be used here"),
+        (("finetune", "--images", "images", "--aa", "rand-x9"), "--aa 'rand-x9' is no policy of timm's; give rand-m9-mstd0.5 or the like"),
         (("calibrate", "--force", "--recipe", "soup"), "recipe 'soup' is not known; give one of fast"),
         (("export", "--force", "--storage", "attic"), "storage 'attic' is not known; give one of packed"),
         (("export", "--force", "--opset", 20), "--opset"),

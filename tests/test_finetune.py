@@ -415,7 +415,10 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
         ),
         ({"ema": 1.0}, "--model-ema-decay 1, .* cannot be trained with"),
         ({"distillation": Distillation(0.0, 0.0)}, "--soft 0, --hard 0 and --temperature 1 make no loss"),
-        ({"augmentation": Augmentation(aa="nonsense")}, "cannot be built by timm: .*; correct --aa, or leave it out"),
+        (
+            {"augmentation": Augmentation(aa="nonsense")},
+            "--aa 'nonsense' is no policy of timm's; give rand-m9-mstd0.5 or the like, .* 3a, or leave it out",
+        ),
     ):
         with pytest.raises(UsageError, match=text):
             finetune(start, model, unlabelled, training_with(**changes), tmp_path / "state")

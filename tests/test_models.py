@@ -243,15 +243,20 @@ def test_truncated_files(tmp_path, name, kept):
     with pytest.raises(InputError, match=rf"{name} is damaged or no checkpoint: .*fetch or save it again") as error:
         load(str(file))
     assert "\n" not in str(error.value) and "`False`" not in str(error.value)
+    if name == "a.pth":
+        said = "it is a zip archive of" if kept else "it is empty"
+        assert said in str(error.value) and "miniz" not in str(error.value)
 
 
 def test_files_that_hold_something_else(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"epoch": 1}, tmp_path / "none.pth")
     (tmp_path / "model.onnx").write_bytes(b"x")
+    (tmp_path / "text.pth").write_bytes(b"hello")
     save_file({"a": torch.zeros(1)}, tmp_path / "calibrated.safetensors", metadata={"format": "vitq-checkpoint/1"})
     for name, text in (
         ("list.pth", r"holds no tensors by name \(found list\)"), ("none.pth", "holds no tensors by name"),
+        ("text.pth", "damaged or no checkpoint: its 5 bytes are not what torch.save writes; fetch or save it again"),
         ("model.onnx", "is no MODEL; give a timm local folder"), ("calibrated.safetensors", "is a vitq-checkpoint/1 file of this tool"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=text):
@@ -262,6 +267,8 @@ def test_what_is_missing(tmp_path):
     for missing in ("a.safetensors", "dir/a", str(tmp_path / "a.pth")):
         with pytest.raises(InputError, match="does not exist; give a timm local folder, a .safetensors"):
             load(missing)
+    with pytest.raises(InputError, match="the name of the MODEL is empty; give a timm local folder"):
+        load("")
     with pytest.raises(InputError, match=r"has no config.json; write .*architecture"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config()))
@@ -277,7 +284,17 @@ def test_what_is_missing(tmp_path):
     ('{"architecture": "test_vit", "model_args": 3}', "`model_args` is 3, which timm does not write there"),
     ('{"architecture": "test_vit", "model_args": {"depths": 3}}', "test_vit cannot be built with .*depths.*unexpected keyword"),
     ('{"architecture": "test_vit", "model_args": {"checkpoint_path": "x"}}', "model argument 'checkpoint_path' cannot be used"),
-    ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 32]}}', r"input_size \[3, 32\] .* is not \[channels"),
+    ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 32]}}', r"config.json: `input_size` is \[3, 32\]; give"),
+    ('{"architecture": "test_vit", "input_size": [3, -1, 32]}', r"config.json: `input_size` is \[3, -1, 32\]; give \[channels"),
+    ('{"architecture": "test_vit", "pretrained_cfg": {"mean": ["a", "b", "c"]}}', r"config.json: `mean` is \['a', 'b', 'c'\]; give a"),
+    ('{"architecture": "test_vit", "pretrained_cfg": {"mean": 0.5}}', r"config.json: `mean` is 0.5; give a list of numbers"),
+    ('{"architecture": "test_vit", "pretrained_cfg": {"mean": [NaN]}}', r"config.json: `mean` is \[nan\]; give a list of numbers"),
+    ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 32, 32], "std": [1, 1]}}', "`std` has 2 numbers, but `inp"),
+    ('{"architecture": "test_vit", "std": [0, 0, 0]}', r"config.json: `std` is \[0, 0, 0\]; give a list of numbers above 0"),
+    ('{"architecture": "test_vit", "crop_pct": "big"}', "config.json: `crop_pct` is 'big'; give a number from 0.01 to 10"),
+    ('{"architecture": "test_vit", "crop_pct": true}', "config.json: `crop_pct` is True; give a number"),
+    ('{"architecture": "test_vit", "interpolation": "cubist"}', "`interpolation` is 'cubist'; give one of nearest, bilinear"),
+    ('{"architecture": "test_vit", "crop_mode": ["center"]}', r"`crop_mode` is \['center'\]; give one of center, squash, border"),
 ])  # fmt: skip
 def test_config_that_cannot_be_used(tmp_path, text, message):
     folder(tmp_path)

@@ -42,6 +42,10 @@ class Augmentation:
     reprob: float = 0.0
     mixup: float = 0.0
 
+    def check(self) -> None:
+        """Raises UsageError for what timm does not take, before a model is loaded."""
+        self.transform({"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3})
+
     def transform(self, data_config: dict[str, Any]) -> Any:
         """From a picture to a float32 tensor (C, H, W), preprocessed for the model.
 
@@ -62,7 +66,12 @@ class Augmentation:
                 re_prob=self.reprob,
             )
         except Exception as error:  # timm asserts, and parses policies by hand
-            raise UsageError(f"{self} cannot be built by timm: {error!r:.200}; correct --aa, or leave it out") from None
+            if self.aa is None:
+                raise UsageError(f"timm builds no augmentation with {vars(self)}: {error!r:.200}; correct these") from None
+            raise UsageError(f"--aa {self.aa!r} is no policy of timm's; {_POLICIES}, or leave it out") from None
+
+
+_POLICIES = "give rand-m9-mstd0.5 or the like, augmix-m5-w4-d2 or the like, or one of original, originalr, v0, v0r, 3a"
 
 
 class TrainingImages:

@@ -29,6 +29,7 @@ from torch.nn.modules.module import (
 )
 
 from vitq.errors import InputError
+from vitq.preparation import refuse_unusable
 from vitq.units import counted
 from vitq.weights import SUFFIXES, count_classes, fit, load_strictly, read_tensors, refuse_not_finite
 
@@ -80,7 +81,7 @@ def load(
     if (img_size is not None and img_size < 1) or (num_classes is not None and num_classes < 0):
         raise InputError(f"image size {img_size} and {num_classes} classes cannot be used; give at least 1 pixel, and 0 or more classes")
     model, path, extra = str(model), Path(model), dict(model_kwargs or {})
-    if path.is_dir() or path.is_file():
+    if model and (path.is_dir() or path.is_file()):
         return _load_local(path, model, arch, num_classes, img_size, extra)
     refuse_unknown(model, arch)
     return _load_pretrained(model, num_classes, img_size, extra)
@@ -89,10 +90,13 @@ def load(
 def refuse_unknown(model: str, arch: str | None = None) -> None:
     """Raises InputError where there is no folder, file or timm model of that name; loads nothing."""
     path = Path(model)
+    accepted = "give a timm local folder, a .safetensors, .pth, .pt or .bin file, or a timm model name"
+    if not model:
+        raise InputError(f"the name of the MODEL is empty; {accepted}")
     if path.is_dir() or path.is_file():
         return
     if arch is not None or path.suffix in SUFFIXES or "/" in model or "\\" in model:
-        raise InputError(f"{model} does not exist; give a timm local folder, a .safetensors, .pth, .pt or .bin file, or a timm model name")
+        raise InputError(f"{model} does not exist; {accepted}")
     _default_config(model)
 
 
@@ -212,6 +216,7 @@ def _read_config(path: Path, arch: str | None) -> dict[str, Any]:
             config.pop(field, None)
         elif not isinstance(config[field], kind):
             raise InputError(f"{file}: `{field}` is {config[field]!r:.80}, which timm does not write there; correct it")
+    refuse_unusable(config.get("pretrained_cfg") or config, file)
     return config
 
 

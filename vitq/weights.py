@@ -39,9 +39,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
     except Exception as error:  # a damaged archive raises anything from EOFError to KeyError
         if blocked := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(f"{file} holds code ({blocked[1]}), which was not run; save the model's state_dict() and give that") from None
-        # torch's own text for a foreign pickle advises to run it
-        reason = (str(error).strip() or "it ends too early").splitlines()[0][:120]
-        reason = "torch.load(weights_only=True) cannot read it" if "weights_only" in reason or "Weights only" in reason else reason
+        if file.suffix == ".safetensors" or isinstance(error, OSError):
+            reason = (str(error).strip() or "it ends too early").splitlines()[0][:120]
+        else:  # torch's own text is of its readers' insides, and for a foreign pickle advises to run it
+            reason = _what_it_is(file)
         raise InputError(f"{file} is damaged or no checkpoint: {reason}; fetch or save it again") from None
     if kind.startswith("vitq-"):
         raise InputError(f"{file} is a {kind} file of this tool, not a float MODEL; give the model that it was made from")
@@ -56,6 +57,16 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
     while prefix := next((prefix for prefix in _PREFIXES if tensors and all(key.startswith(prefix) for key in tensors)), None):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors, arch if isinstance(arch, str) else None
+
+
+def _what_it_is(file: Path) -> str:
+    """Why torch cannot read a file, by how it begins."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        begun_as_zip = opened.read(2) == b"PK"
+    if begun_as_zip:
+        return f"it is a zip archive of {size} bytes that is cut off, changed or not torch's"
+    return f"its {size} bytes are not what torch.save writes" if size else "it is empty"
 
 
 def fit(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -159,11 +159,11 @@ def run_folder(run_dir: Path | None, artifact: Path | None = None) -> Path:
 
 def refuse_missing_sources(model: str | None, images: str | None, arch: str | None = None) -> None:
     """Raises InputError, before an output is refused or anything is loaded, for a model or images that are not there; None is fine."""
-    if model is not None and not Path(model).exists():
+    if model is not None and not (model and Path(model).exists()):  # Path("") is the current folder
         from vitq.models import refuse_unknown
 
         refuse_unknown(model, arch)
-    if images is not None and not Path(images).exists():
+    if images is not None and not (images and Path(images).exists()):
         from vitq.images import refuse_missing as refuse_missing_images
 
         refuse_missing_images(images)
@@ -182,8 +182,16 @@ def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
 
     if (suffix := Path(artifact).suffix) in (".onnx", ".json"):
         refuse_missing(artifact, "vitq export" if suffix == ".onnx" else "vitq profile MODEL --images PATH")
-    else:
-        refuse_missing_sources(artifact, None, arch)
+        return
+    if suffix != ".safetensors" and Path(artifact).is_file():
+        from vitq.weights import SUFFIXES
+
+        if suffix not in SUFFIXES:
+            raise InputError(
+                f"{artifact} is no MODEL and nothing that vitq wrote; give a timm local folder, a checkpoint ({', '.join(SUFFIXES)}), "
+                "a timm model name, or an artifact (.json, .safetensors, .onnx)"
+            )
+    refuse_missing_sources(artifact, None, arch)
 
 
 def output_path(output: Path | None, folder: Path, name: str, force: bool) -> Path:

@@ -57,3 +57,4 @@ class Training:
         if min(weights.soft, weights.hard) < 0 or weights.soft + weights.hard <= 0 or not weights.temperature > 0:
             given = f"--soft {weights.soft:g}, --hard {weights.hard:g} and --temperature {weights.temperature:g}"
             raise UsageError(f"{given} make no loss; give weights of which one is more than 0, and a temperature above 0")
+        self.augmentation.check()

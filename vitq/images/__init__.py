@@ -141,6 +141,8 @@ def open_images(
 
 def refuse_missing(source: str | Path) -> None:
     """Raises InputError where the source does not exist; reads nothing."""
+    if source == "":
+        raise InputError(f"the path of the images is empty; {_ACCEPTED}")
     if not Path(source).exists():
         raise InputError(f"{source} does not exist; {_ACCEPTED}")
 
