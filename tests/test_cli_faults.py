@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import pytest
 import torch
 from cli_session import Done, environment, make_images, make_model, vitq
 
+from vitq import checkpoint
 from vitq.cli.app import main
+from vitq.quantizers import AdaLog
 
 
 def refused(session: Path, code: int, *arguments: object) -> str:
@@ -303,6 +306,22 @@ def test_a_damaged_memory(session: Path):
     plan["made_from"]["model"] = {"source": 3}
     path.write_text(json.dumps(plan))
     assert "made_from.model" in refused(session, 3, "calibrate", "--force")
+
+
+def test_quantizers_that_are_not_exported_are_refused_before_anything_is_traced(session: Path, monkeypatch: pytest.MonkeyPatch):
+    path = session / "vitq-run" / "model.safetensors"
+    found = checkpoint.load(path)
+    first = next(iter(found.activations))
+    other = AdaLog(2.0, 20, found.activations[first].bits)
+    checkpoint.save(replace(found, activations=found.activations | {first: other}), path, force=True)
+
+    def unreached(*_: object, **__: object) -> None:
+        raise AssertionError("something expensive was begun")
+
+    monkeypatch.setattr("vitq.onnx_file.trace_graph", unreached)
+    monkeypatch.setattr("vitq.images.open_images", unreached)
+    message = refused(session, 2, "export", "--force")
+    assert f"the input {first} is quantized by AdaLog" in message and "`vitq calibrate --recipe fast --force`" in message
 
 
 def test_a_foreign_onnx_file(session: Path):

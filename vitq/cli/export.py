@@ -85,6 +85,7 @@ def export(
     options.usable_device(device)
     from vitq.checkpoint import load
     from vitq.onnx_file import export as write
+    from vitq.onnx_file import refuse_unwritten
     from vitq.onnx_file.card import model_card
     from vitq.runtime import INT8_ALLOWED
 
@@ -93,6 +94,7 @@ def export(
         calibrated = load(source, device)
     if checkpoint is None:
         refuse_stale_checkpoint(calibrated, source)
+    refuse_unwritten(calibrated, storage, opset, fixed)
     spec = calibrated.plan.model
     memory = Memory(calibrated.made_from | calibrated.made_from.get("calibration", {}), source)
     reading = Reading(images, num_images, seed, batch_size, workers)

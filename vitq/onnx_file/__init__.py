@@ -20,7 +20,7 @@ from vitq.onnx_file.factors import fold_numbers
 from vitq.onnx_file.file import data_file, folder_beside, place, store
 from vitq.onnx_file.finish import finish_file
 from vitq.onnx_file.kernels import integer_layers
-from vitq.onnx_file.lowering import lower
+from vitq.onnx_file.lowering import integer_quantizer, lower
 from vitq.onnx_file.split import split_linears
 from vitq.onnx_file.storage import STORAGES, Storage, is_symmetric, stored_bytes
 from vitq.onnx_file.trace import OPSET, trace_graph
@@ -29,7 +29,7 @@ from vitq.runtime import INT8_ALLOWED
 from vitq.units import counted
 from vitq.whole import refuse_existing
 
-__all__ = ["ExportReport", "Storage", "export", "stored_bytes"]
+__all__ = ["ExportReport", "Storage", "export", "refuse_unwritten", "stored_bytes"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,14 @@ def export(
         progress: is told (stages begun, all of them, what is done) as each begins.
 
     Raises:
-        UsageError: the file exists and `force` is not set, an unknown storage or opset, or "standard" for weights that have zero points.
+        UsageError: the file exists and `force` is not set, an unknown storage or opset, "standard" for weights that have zero points, or
+            quantizers that integer kernels do not read.
         InputError: the model cannot be expressed in ONNX, there are no images, or the place cannot be written to.
         VerificationError: the file does not compute what was calibrated; it is not written.
     """
     started = time.perf_counter()
     path = Path(path)
-    _refuse(checkpoint, storage, opset, batch)
+    refuse_unwritten(checkpoint, storage, opset, batch)
     refuse_existing(path, force)
     told = _stages(progress)
     told("trace")
@@ -145,7 +146,8 @@ def _stages(progress: Callable[[float, float, str], None] | None) -> Callable[[s
     return told
 
 
-def _refuse(checkpoint: Checkpoint, storage: str, opset: int, batch: int | None) -> None:
+def refuse_unwritten(checkpoint: Checkpoint, storage: str = "packed", opset: int = OPSET, batch: int | None = None) -> None:
+    """Raises UsageError for what `export`, whose arguments these are, does not write; by the checkpoint alone, before anything is traced."""
     if storage not in STORAGES:
         raise UsageError(f"storage {storage!r} is not known; give one of {', '.join(STORAGES)}")
     if opset not in OPSETS:
@@ -158,3 +160,5 @@ def _refuse(checkpoint: Checkpoint, storage: str, opset: int, batch: int | None)
             f"storage standard takes weights without zero points, those of {counted(len(asymmetric), 'layer')} have some "
             f"({asymmetric[0]}); run `vitq calibrate --symmetric --force`, or give --storage packed"
         )
+    for operand in (operand for layer in checkpoint.graph.layers for operand in layer.activations):
+        integer_quantizer(checkpoint, operand)
