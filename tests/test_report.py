@@ -446,9 +446,22 @@ def test_another_models_profile_is_left_aside(session: Path):
     save_file({name: value for name, value in load_file(weights).items() if "blocks.1" not in name}, weights)
     (session / "other" / "config.json").write_text(json.dumps(arguments))
     assert vitq("profile", "other", "--images", "images", "--num-images", 8, "--force", folder=session).code == 0
-    page = reported(session)
+    done = vitq("report", "--force", "--model", "other", folder=session)
+    html = (session / "vitq-run" / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
     assert "profile.json has other layers than the plan, and was left aside" in page.text("")
     assert "bit_map" in page.sections and "size" not in page.sections
+    unlike = "other has another graph than model.safetensors; give the model that it was made from with --model"
+    assert done.code == 0 and unlike in done.err and unlike in html
+
+
+def test_a_model_with_other_weights_is_said_to_be(session: Path):
+    make_model(session / "twin", seed=3)
+    done = vitq("report", "--force", "--model", "twin", folder=session)
+    other = "drawn with the weights of twin, which are not those of the model that was calibrated"
+    assert other in done.err and other in (session / "vitq-run" / "report.html").read_text(encoding="utf-8")
+    shutil.copytree(session / "model", session / "same")
+    assert "not those" not in vitq("report", "--force", "--model", "same", folder=session).err
 
 
 def test_without_images_or_model_the_close_up_says_so(session: Path):

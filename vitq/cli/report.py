@@ -115,7 +115,9 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
     write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="backslashreplace"))
     left_out = [{"title": title, "command": part.command, "why": part.why} for title, part in lacking]
     done = {"output": str(path), "file_bytes": path.stat().st_size, "sections": sections}
-    return done | {"left_out": left_out, "remarks": list(found.remarks)}
+    # What was asked for by an option and is not there is said in the terminal too.
+    asked = [found.close_up_lacks] if found.close_up_lacks and (model is not None or images is not None) else []
+    return done | {"left_out": left_out, "remarks": [*found.remarks, *asked]}
 
 
 def _read(folder: Path) -> "Findings":
@@ -205,6 +207,9 @@ def _with_close_ups(found: "Findings", folder: Path, model: str | None, images: 
     except VitqError as error:
         lacks = f"What these layers read is not shown: {error}."
     pictures = close_ups(graph, calibrated, names, batches or None)
+    if loaded.digest != _mapping(file.made_from.get("model")).get("digest", loaded.digest):
+        other = f"the layers that hurt are drawn with the weights of {model}, which are not those of the model that was calibrated"
+        found = replace(found, remarks=(*found.remarks, other))
     return replace(found, close_ups=pictures, close_up_lacks=lacks, num_images=sum(len(batch) for batch, _ in batches))
 
 

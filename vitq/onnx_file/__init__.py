@@ -147,7 +147,7 @@ def _stages(progress: Callable[[float, float, str], None] | None) -> Callable[[s
 
 
 def refuse_unwritten(checkpoint: Checkpoint, storage: str = "packed", opset: int = OPSET, batch: int | None = None) -> None:
-    """Raises UsageError for what `export`, whose arguments these are, does not write; by the checkpoint alone, before anything is traced."""
+    """Raises UsageError for what `export`, whose arguments these are, does not write; traces nothing."""
     if storage not in STORAGES:
         raise UsageError(f"storage {storage!r} is not known; give one of {', '.join(STORAGES)}")
     if opset not in OPSETS:
