@@ -74,6 +74,16 @@ def test_a_budget_that_does_not_bind_has_no_price() -> None:
     assert allocate(PROFILE, uniform="4").report["shadow_prices"] == []
 
 
+def test_an_average_that_is_tied_to_another_says_so() -> None:
+    """Activations at 3 hold all widths down, also those of weights, unless these are chosen apart: then each average has its price."""
+    tied, apart = (allocate(PROFILE, ["6/3"], bits_apart=bits_apart).report for bits_apart in (False, True))
+    (left,) = (price for price in tied["shadow_prices"] if not price["per_unit"])
+    why = "weights and activations have one width a layer, and average activation bits binds"
+    assert (left["quantity"], left["text"]) == ("average weight bits", f"does not bind: more of it buys nothing, as {why}")
+    assert tied["average_weight_bits"] < 6
+    assert all(price["per_unit"] for price in apart["shadow_prices"])
+
+
 def test_a_stopped_search_says_so_and_its_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """With hardly any work allowed the gap is not closed; the bound that is claimed lies below the true optimum all the same."""
     profile = make_profile(deit(), make_table(deit(), BITS, random.Random(4)), rest_bytes=10**6)

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import onnx
@@ -20,6 +23,7 @@ import vitq as vitq_package
 from vitq import checkpoint
 from vitq.accuracy import onnx_runnable
 from vitq.artifacts import load_plan, load_profile, save
+from vitq.cli.demo import looking_at
 from vitq.errors import UsageError
 from vitq.images import open_images, read_image
 from vitq.models import load
@@ -413,6 +417,12 @@ def test_the_python_functions_take_paths_as_text_too(session: Path):
     assert read_image(str(next((session / "images").rglob("*.png"))), model.data_config).shape == batch.shape[1:]
     with pytest.raises(UsageError, match="again.onnx exists already"):
         vitq_package.export(calibrated, file, [])
+
+
+def test_the_demo_proposes_to_look_at_its_report(tmp_path: Path):
+    *command, address = shlex.split(looking_at(tmp_path / "a ö" / "report.html"))
+    assert command == ["python3", "-m", "webbrowser"]
+    assert address.startswith("file:///") and url2pathname(urlsplit(address).path) == str(tmp_path / "a ö" / "report.html")
 
 
 @pytest.mark.slow

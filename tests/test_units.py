@@ -5,10 +5,15 @@ import re
 from pathlib import Path
 
 import vitq
-from vitq.units import counted
+from vitq.units import counted, in_decimals
 
 ROOT = Path(vitq.__file__).parent
 NOUNS = "images?|layers?|files?|threads?|plans?|steps?|parts?|pairs?|places?|tensors?"
+
+
+def test_no_number_is_shown_as_nothing():
+    shown = {0.01234: "0.0123", 1.5: "1.5000", 0.0001: "0.0001", 0.00001234: "1.2e-05", -0.00002: "-2e-05", 0.0: "0.0000"}
+    assert {value: in_decimals(value) for value in shown} == shown
 
 
 def test_nouns_are_counted():

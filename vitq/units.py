@@ -9,6 +9,11 @@ def in_units(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
+def in_decimals(value: float) -> str:
+    """A loss or a KL in four decimals, in two figures where these would show nothing: 0.01234 -> "0.0123", 0.00001234 -> "1.2e-05"."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-4 else f"{value:.2g}"
+
+
 def counted(number: int, noun: str) -> str:
     """How many there are: (1, "image") -> "1 image", (3, "class") -> "3 classes"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"

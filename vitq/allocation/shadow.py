@@ -42,6 +42,7 @@ def shadow_prices(
     chosen = {entry.layer.name: entry for entry in widths}
     raises = list(_raises(scope, chosen, candidates, bits_apart))
     gains = [_gain(objective, chosen, changed) for _, changed in raises] if any(price for _, price in budgets) else []
+    binding = [budget.quantity for budget, price in budgets if price]
     found = []
     for budget, price in budgets:
         measure, step = budget.unit.strip() or "bit", _step(budget)
@@ -57,9 +58,15 @@ def shadow_prices(
             text += f"; the cheapest layer to raise is {named['layer']} {named['from']} -> {named['to']}" if named else ""
         else:
             text = "does not bind: more of it buys nothing"
+            text += f", as {_tied(binding)}" if binding and not bits_apart and not budget.unit else ""
         entry = {"budget": budget.text, "quantity": budget.quantity, "unit": measure, "per_unit": per_unit}
         found.append(entry | {"step": step, "buys": per_unit * step, "raise": named, "text": text})
     return found
+
+
+def _tied(binding: Sequence[str]) -> str:
+    """Why an average is not reached: where widths are tied it rises with what another budget allows."""
+    return f"weights and activations have one width a layer, and {' and '.join(binding)} {'bind' if len(binding) > 1 else 'binds'}"
 
 
 def _step(budget: Budget) -> float:

@@ -28,7 +28,7 @@ from vitq.cli.layer_table import worst
 from vitq.cli.opening import say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import UsageError
-from vitq.units import counted, in_units
+from vitq.units import counted, in_decimals, in_units
 
 if TYPE_CHECKING:
     from vitq.images import Images
@@ -145,7 +145,9 @@ def calibrate(
     if errors := checkpoint.errors:
         document |= {"predicted_kl": math.fsum(error["kl"] or 0.0 for error in errors.values()), "layers": errors}
         unit = "nats per image" if chosen.model.num_classes else "half the relative squared error"
-        lines.append(f"its layers cost {document['predicted_kl']:.4f} ({unit}) on the first of these images, most of all {worst(errors)}")
+        lines.append(
+            f"its layers cost {in_decimals(document['predicted_kl'])} ({unit}) on the first of these images, most of all {worst(errors)}"
+        )
     on = f"on {counted(opened.num_images, 'image')} in {document['seconds']:.1f} s"
     what = f"{counted(len(chosen.layers), 'layer')} calibrated by recipe {recipe} {on}"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")

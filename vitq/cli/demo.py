@@ -21,7 +21,7 @@ from vitq.cli.profile import remembering
 from vitq.cli.report import write_report
 from vitq.cli.terminal import Terminal, json_text
 from vitq.errors import UsageError
-from vitq.units import in_units
+from vitq.units import in_decimals, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +72,12 @@ def demo(
     seconds = time.perf_counter() - started
     document = {"run_dir": str(run_dir), "results": [row.document() for row in rows], "report": str(file), "seconds": seconds}
     terminal.result(document, _table(rows), f"took {seconds:.0f} s; everything is in {run_dir}, and {file} shows it")
-    terminal.next(shlex.join(["vitq", "show", str(run_dir / PLAN)]))
+    terminal.next(looking_at(file))
+
+
+def looking_at(page: Path) -> str:
+    """The command that shows a page in the browser, from any folder and whatever is in its path."""
+    return shlex.join(["python3", "-m", "webbrowser", page.resolve().as_uri()])
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ def _table(rows: Sequence[_Row]) -> "Table":
             row.name,
             f"{row.measures['top1']:.1f}",
             "-" if agreement is None else f"{agreement:.1f}",
-            "-" if kl is None else f"{kl:.4f}",
+            "-" if kl is None else in_decimals(kl),
             in_units(row.file_bytes, "B"),
             f"{row.median_ms:.2f}",
         )

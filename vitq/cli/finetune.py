@@ -30,7 +30,7 @@ from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
 from vitq.errors import InputError, UsageError
-from vitq.units import counted, in_units
+from vitq.units import counted, in_decimals, in_units
 
 if TYPE_CHECKING:
     from vitq.artifacts import BitPlan
@@ -197,7 +197,7 @@ def finetune(
         "seconds": time.perf_counter() - started,
     }
     what = f"{counted(found.steps, 'step')} by recipe {recipe}, {found.epochs:.2f} epochs, {document['seconds']:.0f} s"
-    loss = f"loss on {counted(found.held_out, 'image')} held out {found.before:.4f} before, {found.after:.4f} after"
+    loss = f"loss on {counted(found.held_out, 'image')} held out {in_decimals(found.before)} before, {in_decimals(found.after)} after"
     if not better:
         terminal.result(document, what, f"{loss}: not lower, so {calibrated} is as it was")
         terminal.note("a run this short may end before it gains: give more --images, more --max-minutes, or a lower --lr and --other-lrs")

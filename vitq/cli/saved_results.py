@@ -9,6 +9,7 @@ from vitq.cli.chain import BENCH, EVALUATION
 from vitq.cli.layer_table import plain_table
 from vitq.errors import InputError
 from vitq.intervals import COUNTED, wilson
+from vitq.units import in_decimals
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +67,7 @@ def _measure(name: str, value: float | None, num_images: int) -> str:
     if value is None:
         return "-"
     if name not in COUNTED:
-        return f"{value:.4f}"
+        return in_decimals(value)
     low, high = wilson(value, num_images)
     return f"{value:.2f}\n{low:.1f} to {high:.1f}"
 
