@@ -26,20 +26,19 @@ from vitq.accuracy import onnx_runnable
 from vitq.allocation import allocate
 from vitq.artifacts import BitPlan, Profile
 from vitq.calibration.fast import fit_fast
-from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.graph import Graph
 from vitq.images import Images, open_images
 from vitq.importance import METRICS, profile
 from vitq.models import load
 from vitq.onnx_file import export
-from vitq.ranges import Histogram
+from vitq.ranges import Histogram, fold
 from vitq.rewrites import prepare
 
 DATA = Path(__file__).parents[1] / "vitq" / "demo_data"
 
-Observed = tuple[Graph, dict[str, Histogram], dict[str, Tensor]]
-"""The folded graph, histograms of its activations, covariances of its linears' inputs."""
+Observed = tuple[Graph, dict[str, Histogram]]
+"""The folded graph and histograms of its activations."""
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
                 journal = keep / f"sensitivity_{seed}.journal"
                 kept.write_text(profile(model, images, arguments.metrics, seed=seed, journal=journal).model_dump_json())
             profiles[seed] = Profile.model_validate_json(kept.read_text())
-            observed = observe(graph, images)
+            observed = fold(graph, images)
             for average in arguments.averages:
                 for metric in arguments.metrics:
                     plan = allocate(profiles[seed], [average], metric=metric).plan

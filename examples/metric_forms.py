@@ -16,11 +16,11 @@ from vitq import gradients
 from vitq.allocation import allocate
 from vitq.artifacts import BitPlan, Profile
 from vitq.calibration.fast import fit_fast
-from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.images import open_images
 from vitq.importance import MetricOptions, profile
 from vitq.models import load
+from vitq.ranges import fold
 from vitq.rewrites import prepare
 
 FORMS = (
@@ -58,7 +58,7 @@ def main() -> None:
         return profile(model, images(count, seed), seed=seed, options=MetricOptions(pairs=pairs))
 
     fitting = images(256, 0)
-    observed = observe(prepare(model)[0], fitting)
+    observed = fold(prepare(model)[0], fitting)
     others = priced(32, 1024, 7, pairs=False)
     print("| signs | images | widths | objective | predicted | again | measured |\n" + "| --- " * 7 + "|", flush=True)
     for likeliest, count, apart, objective in FORMS:

@@ -41,14 +41,14 @@ def training_with(**changes: Any) -> Training:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, 40 images and a run folder that is calibrated to 2 bits."""
+    """A folder with a tiny model, 40 images and a run folder that is calibrated to 2 bits, on two of them so that there is much to learn."""
     folder = tmp_path_factory.mktemp("session")
     make_model(folder / "model")
     make_images(folder / "images")
     for command in (
         ("profile", "model", "--images", "images", "--num-images", 24, "--batch-size", 8),
         ("allocate", "--uniform", 2),
-        ("calibrate",),
+        ("calibrate", "--num-images", 2),
     ):
         assert vitq(*command, folder=folder).code == 0
     return folder
@@ -388,7 +388,7 @@ def test_autocast_computes_in_bfloat16(model: LoadedModel, start: Checkpoint, se
         other = half._leaves[name].grad
         assert other is not None and other.dtype == torch.float32 and leaf.grad is not None, name
         if name.startswith("steps:"):
-            assert torch.nn.functional.cosine_similarity(leaf.grad.flatten(), other.flatten(), dim=0) > 0.5, name
+            assert torch.nn.functional.cosine_similarity(leaf.grad.flatten(), other.flatten(), dim=0) > 0.3, name  # 0 of unrelated ones
 
 
 def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpoint, tmp_path: Path):

@@ -26,7 +26,6 @@ from vitq.calibration.variables import BlockVariables
 from vitq.calibration.views import view
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
-from vitq.fitting import input_covariances
 from vitq.graph import Graph, run
 from vitq.quantizers import Log2, LogGrid
 from vitq.ranges import fold
@@ -41,11 +40,15 @@ def learning(folder: Path, **changes: int) -> Learning:
 
 
 def start_of(family: str = "vit", bits: int = 3) -> tuple[Graph, Graph, Checkpoint]:
-    """The rewritten graph, the folded one and what `fast` makes of it."""
+    """The rewritten graph, the folded one and what `fast` makes of it on the images that are learned from."""
     graph = rewrite(captured(family)[1])
     batches = in_batches(images(24, graph.input_shape[1:]), 10)
-    folded, histograms = fold(graph, batches)
-    return graph, folded, fit_fast(folded, histograms, input_covariances(folded, batches), plan_for(graph, family, bits), batches)
+    others = [
+        (some[[index % 8 != 7 for index in range(first, first + len(some))]], None)
+        for first, (some, _) in zip((0, 10, 20), batches, strict=True)
+    ]
+    folded, histograms = fold(graph, others)
+    return graph, folded, fit_fast(folded, histograms, plan_for(graph, family, bits), others)
 
 
 def everything(checkpoint: Checkpoint) -> dict[str, Tensor]:

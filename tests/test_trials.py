@@ -142,7 +142,7 @@ def test_trials_measure_each_image():
     spec = ModelSpec(architecture="vit", num_classes=10, data_config={"input_size": [3, 32, 32]}, graph_digest=folded.digest)
     plan = BitPlan(model=spec, layers=tuple(entries))
     trials = Trials(folded, histograms, {}, fitting, [(held_out[:3], None), (held_out[3:], None)], 10)
-    again = fit_fast(folded, histograms, {}, plan, fitting).quantized_module()
+    again = fit_fast(folded, histograms, plan, fitting).quantized_module()
     with torch.no_grad():
         log_p, log_q = (module(held_out).double().log_softmax(-1) for module in (folded.module, again))
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -96,7 +96,7 @@ def compensated_layer(
 ) -> tuple[QuantizedWeight, Tensor]:
     """The codes of a linear's weight (O, I) and its bias (O,) for inputs of these moments."""
     mean, read_mean = (total / moments.count for total in (moments.total, moments.quantized_total))
-    absorbing = absorbed(weight, moments.quantized_covariance, moments.covariance, ridge)
+    absorbing = absorbed(weight, moments.quantized_covariance, moments.missing, ridge)
     moved = bias.double() + weight.double() @ mean - absorbing.double() @ read_mean
     second_moment = moments.quantized_squares / moments.count  # mu mu^T + Sigma
     return halved(absorbing, second_moment, *percentile_weights(absorbing, bits, symmetric), bits, ridge), moved.float()

@@ -1,23 +1,21 @@
 """Recipe `fast`: minutes, no gradients.
 
 LayerNorms folded to common channel ranges; weights per output channel and activations per tensor with least-squares ranges, softmax
-outputs by their logarithm where that is better; weights rounded so that later columns make up for earlier ones' errors; then every
-output channel gets back the mean and the spread that it has in the float network (matching.py).
+outputs by their logarithm where that is better; weights rounded so that they make up for their inputs' errors and their own
+(absorbing.py); then every output channel gets back the mean and the spread that it has in the float network (matching.py).
 """
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from vitq.artifacts import BitPlan
+from vitq.calibration.absorbing import absorb
 from vitq.calibration.assemble import assemble
 from vitq.calibration.blocks import Progress
 from vitq.calibration.matching import match_moments
-from vitq.calibration.ticks import tick
 from vitq.checkpoint import Checkpoint
-from vitq.fitting import fit_operand, fit_weights, observe
+from vitq.fitting import fit_operand
 from vitq.graph import Graph
-from vitq.ranges import Batches, Histogram
+from vitq.ranges import Batches, Histogram, fold
 
 
 def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: bool = False, progress: Progress | None = None) -> Checkpoint:
@@ -26,7 +24,7 @@ def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: boo
     Args:
         graph: the captured graph after `rewrite`.
         plan: bits of every layer; checked against the graph's layers.
-        batches: the calibration images; gone through three times.
+        batches: the calibration images; gone through four times.
         symmetric: weights without zero points, at every width.
         progress: is told how far it is, layer by layer.
 
@@ -34,13 +32,12 @@ def calibrate_fast(graph: Graph, plan: BitPlan, batches: Batches, symmetric: boo
         InputError: the plan does not fit the graph.
     """
     plan.check(graph.layers)
-    return fit_fast(*observe(graph, batches), plan, batches, symmetric, progress)
+    return fit_fast(*fold(graph, batches), plan, batches, symmetric, progress)
 
 
 def fit_fast(
     folded: Graph,
     histograms: Mapping[str, Histogram],
-    covariances: Mapping[str, Tensor],
     plan: BitPlan,
     batches: Batches,
     symmetric: bool = False,
@@ -49,11 +46,10 @@ def fit_fast(
     """The recipe from the folded graph on, which does not depend on the plan: one fold serves many plans.
 
     Args:
-        folded: the folded graph (`fitting.observe`).
+        folded: the folded graph (`ranges.fold`).
         histograms: of its activations, by `Operand.tensor`.
-        covariances: of its linears' inputs, by layer name (`input_covariances`).
         plan: bits of every layer.
-        batches: the calibration images; gone through once.
+        batches: the calibration images; gone through twice.
         symmetric: weights without zero points, at every width.
         progress: is told how far it is, layer by layer.
     """
@@ -63,10 +59,7 @@ def fit_fast(
         for layer in folded.layers
         for operand in layer.activations
     }
-    weights, told = {}, tick(progress, len(folded.layers), "weights")
-    for layer in folded.layers:
-        if (width := bits[layer.name].weight_bits) is not None:
-            weights[layer.name] = fit_weights(folded, covariances, layer.name, [width], symmetric)[0]
-        told()
+    of_weights = {name: found.weight_bits for name, found in bits.items() if found.weight_bits is not None}
+    weights = absorb(folded, activations, of_weights, batches, symmetric, progress)
     weights, biases = match_moments(folded, activations, weights, batches)
     return assemble(folded, plan, weights, activations, biases)

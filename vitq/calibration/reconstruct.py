@@ -1,11 +1,11 @@
 """Recipe `reconstruct`: the most accurate; block by block from the front, by gradients.
 
-It starts from what recipe `fast` finds. Each block in turn reads what the quantized blocks before it make of an image, and learns to
-give what the float block gives: weights, their scales, biases, and the activations' scales and zero points, all at once (variables.py).
+Each block in turn reads what the quantized blocks before it make of an image, and learns to give what the float block gives: weights,
+their scales, biases, and the activations' scales and zero points, all at once (variables.py). It starts from what recipe `fast` finds.
 What it minimises is the error of the block's output (errors.py); the end of the network, from the last block on, is trained by the KL of
 the output itself. Block by block is BRECQ (Li et al., ICLR 2021), mixed inputs are QDrop (Wei et al., ICLR 2022), learned weights LSQ's.
 
-An eighth of the images is never learned from. A block's result is taken only if on those it brings the whole network, with the later
+An eighth of the images is held out, of `fast` too. A block's result is taken only if on those it brings the whole network, with the later
 blocks float, no farther from the float network; and if the end is worse there than what `fast` found, that is returned.
 
 A killed run that finds its scratch folder again goes on behind the last block that was finished, to the same bytes (blocks.py).
@@ -15,7 +15,8 @@ Tried once and left out, 3/3: from `fast`, the whole network at once by the outp
 step, 32 views a batch of 1024 images: 200 of 300 steps, as long as all blocks take, left held-out images at 1.7 times the KL of `fast`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,10 +32,9 @@ from vitq.calibration.streams import Stream
 from vitq.calibration.variables import BlockVariables
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError
-from vitq.fitting import observe
 from vitq.gradients import loss
 from vitq.graph import Graph, run
-from vitq.ranges import Batches
+from vitq.ranges import Batches, fold
 
 HELD_OUT = 8
 """Of so many images one is held out."""
@@ -70,8 +70,9 @@ def calibrate_reconstruct(
     held = held_out(batches)
     if not bool(held.any()):
         raise InputError(f"{len(held)} images are too few for recipe reconstruct; give --num-images at least {HELD_OUT}, or --recipe fast")
-    folded, histograms, covariances = observe(graph, batches)
-    fast = fit_fast(folded, histograms, covariances, plan, batches, symmetric)
+    others = Others(batches, held)  # `fast` must not know those that it is compared on
+    folded, histograms = fold(graph, others)
+    fast = fit_fast(folded, histograms, plan, others, symmetric)
     with Scratch(learning.scratch, digest(fast, batches, learning)) as scratch:
         streams = [images_at_start(folded, scratch, name, batches, which, learning) for name, which in (("images", ~held), ("held", held))]
         wanted, judged_wanted = (
@@ -102,6 +103,23 @@ def held_out(batches: Batches) -> Tensor:
     """Which images are held out: bool (N,)."""
     count = sum(len(images) for images, _ in batches)
     return torch.arange(count) % HELD_OUT == HELD_OUT - 1
+
+
+@dataclass(frozen=True)
+class Others:
+    """The batches without the images that are held out."""
+
+    batches: Batches
+    held: Tensor
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Goes through them; a batch of which all are held out is left out."""
+        first = 0
+        for images, labels in self.batches:
+            kept = ~self.held[first : first + len(images)]
+            first += len(images)
+            if bool(kept.any()):
+                yield images[kept], None if labels is None else labels[kept]
 
 
 def held_out_loss(checkpoint: Checkpoint, floats: Graph, batches: Batches) -> float:

@@ -7,9 +7,14 @@ costs what it makes of the inputs' spread alone.
 """
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
+
+from vitq.moments import Moments
+
+_ROWS = 2048  # tokens of a batch that sums are taken from
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,59 @@ class InputMoments:
         return self.quantized_squares / self.count - torch.outer(mean, mean)
 
     @property
+    def missing(self) -> Tensor:
+        """C - S of the module's equations, rows of the quantized network's inputs."""
+        return self.products / self.count - torch.outer(self.quantized_total, self.total) / self.count**2 - self.quantized_covariance
+
+
+class InputPairs:
+    """The same from sums that take float32's room: of rows about their batch's mean, which a large mean leaves their digits."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: Tensor, quantized: Tensor) -> None:
+        """Takes in one batch of inputs (..., I) in the float and in the quantized network."""
+        rows, read = some_rows(x), some_rows(quantized)
+        count, mean, quantized_mean = len(rows), rows.mean(0), read.mean(0)
+        rows, read = rows - mean, read - quantized_mean
+        squares, missing = read.T @ read, read.T @ (rows - read)
+        if not self.count:
+            self.count, self.mean, self.quantized_mean, self._squares, self._missing = count, mean, quantized_mean, squares, missing
+            return
+        shift, quantized_shift = mean - self.mean, quantized_mean - self.quantized_mean
+        both = count * self.count / (count + self.count)
+        self._squares += squares.addr_(quantized_shift, quantized_shift, alpha=both)
+        self._missing += missing.addr_(quantized_shift, shift - quantized_shift, alpha=both)
+        self.count += count
+        self.mean = self.mean + shift * (count / self.count)
+        self.quantized_mean = self.quantized_mean + quantized_shift * (count / self.count)
+
+    @property
     def covariance(self) -> Tensor:
-        """C of the module's equations, rows of the quantized network's inputs."""
-        return self.products / self.count - torch.outer(self.quantized_total, self.total) / self.count**2
+        """S of the module's equations, float32."""
+        return self._squares / self.count
+
+    @property
+    def missing(self) -> Tensor:
+        """C - S of the module's equations, float32: what x^ lacks of x."""
+        return self._missing / self.count
+
+    def output(self, weight: Tensor) -> Moments:
+        """What a weight (O, I) makes of x^: its output's mean and spread in each channel."""
+        weight = weight.double()
+        mean = weight @ self.quantized_mean.double()
+        variance = torch.linalg.vecdot(weight @ self.covariance.double(), weight)
+        return Moments(self.count, self.count * mean, self.count * (variance + mean.square()))
+
+
+def some_rows(x: Tensor) -> Tensor:
+    """At most some 2,048 tokens of a batch (..., I), evenly spread: float32 (tokens, I)."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(len(rows) // _ROWS, 1)
+    while step > 1 and gcd(step, len(rows)) > 1:  # no common factor: it does not fall in step with the tokens
+        step += 1
+    return rows[::step].float()
 
 
 def ridged(second_moment: Tensor, ridge: float) -> Tensor:

@@ -15,14 +15,14 @@ from torch import Tensor
 from vitq.fitting.inputs import ridged
 
 
-def absorbed(weight: Tensor, second_moment: Tensor, cross_moment: Tensor, ridge: float = 0.01) -> Tensor:
+def absorbed(weight: Tensor, second_moment: Tensor, missing: Tensor, ridge: float = 0.01) -> Tensor:
     """The weight W' of the module's equation, float32 (O, I).
 
     Args:
         weight: (O, I) float32.
         second_moment: S, (I, I) (`InputMoments.quantized_covariance`).
-        cross_moment: C, (I, I), rows of the quantized network's inputs (`InputMoments.covariance`).
+        missing: C - S, (I, I), rows of the quantized network's inputs (`InputMoments.missing`).
         ridge: lambda, in units of the inputs' mean square.
     """
-    change = torch.linalg.solve(ridged(second_moment, ridge), (cross_moment - second_moment).double() @ weight.T.double())
+    change = torch.linalg.solve(ridged(second_moment, ridge), missing.double() @ weight.T.double())
     return (weight.double() + change.T).float()

@@ -1,13 +1,12 @@
 """The codes that weights get: least-squares ranges for each output channel, and rounding that knows what the layer reads.
 
 A linear whose inputs' covariance is known is rounded with compensation (compensation.py); a convolution, or one without, to nearest.
-The covariance is that of the float network's inputs, one for all widths and plans: what a metric prices is what calibration makes.
-Compensation from the quantized network's own inputs gains little more, for a pass over the images for each layer (docs/log.md).
+The covariance is that of the float network's inputs, one for all widths and plans: what metrics price. Calibration knows the plan, and
+takes that of the quantized network's inputs (calibration/absorbing.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from vitq.affine import QuantizedWeight, quantize_weight
 from vitq.fitting.compensation import compensated_widths
+from vitq.fitting.inputs import some_rows
 from vitq.graph import Graph, tensor_of
 from vitq.graph.layers import operand_nodes
 from vitq.graph.run import Intercept
 from vitq.ranges import Batches, go_through, weight_ranges
-
-_ROWS = 2048  # tokens of a batch that a covariance is taken from, evenly spread
 
 
 def fit_weights(
@@ -61,11 +59,7 @@ class InputSums:
 
     def add(self, x: Tensor) -> None:
         """Takes in one batch, (..., I)."""
-        rows = x.reshape(-1, x.shape[-1])
-        step = max(len(rows) // _ROWS, 1)
-        while step > 1 and gcd(step, len(rows)) > 1:  # no common factor: it does not fall in step with the tokens
-            step += 1
-        rows = rows[::step].float()
+        rows = some_rows(x)
         self._about = rows.mean(0) if self._about is None else self._about
         rows = rows - self._about
         self._count += len(rows)

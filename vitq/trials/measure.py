@@ -42,7 +42,7 @@ class Trials:
         """KL(float || quantized) in nats for each held-out image; of a backbone, half the squared relative error."""
         if plan.layers not in self._losses:
             plan.check(self.graph.layers)
-            module = fit_fast(self.graph, self.histograms, self.covariances, plan, self.calibration).quantized_module()
+            module = fit_fast(self.graph, self.histograms, plan, self.calibration).quantized_module()
             found = []
             with torch.no_grad():
                 for index, (images, _) in enumerate(self.held_out):
