@@ -41,7 +41,7 @@ def training_with(**changes: Any) -> Training:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, 40 images and a run folder that is calibrated to 2 bits, on two of them so that there is much to learn."""
+    """A folder with a tiny model, 40 images and a run folder that is calibrated to 2 bits on two of them: much is left to learn."""
     folder = tmp_path_factory.mktemp("session")
     make_model(folder / "model")
     make_images(folder / "images")

@@ -217,6 +217,7 @@ def test_input_moments_are_numpys_however_batched(seed: int, batches: int):
     for a, b in zip(x.chunk(batches), read.chunk(batches), strict=True):
         pairs.add(a.reshape(1, -1, 6), b.reshape(1, -1, 6))
     assert np.allclose(pairs.covariance.numpy(), together[:6, :6], atol=1e-5 * size)
+    assert np.allclose(pairs.float_covariance.numpy(), together[6:, 6:], atol=1e-5 * size)
     assert np.allclose(pairs.missing.numpy(), (together[:6, 6:] - together[:6, :6]), atol=1e-5 * size)
     weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))
     output, made = pairs.output(weight), (read.double() @ weight.T.double())

@@ -2,8 +2,8 @@
 
 The float and the quantized network advance block by block, side by side. A linear that reads x^ where the float one reads x gets the
 float weights W' whose W' x^ is nearest to W x (fitting/ridge.py), and these are rounded so that later columns make up for earlier ones'
-errors in x^ (fitting/compensation.py). As in matching.py, each output channel gets the float network's mean and spread. What is behind it
-reads what all that makes, so that no error is made up for twice.
+errors (fitting/compensation.py) in x, which served better than x^ (docs/log.md). As in matching.py, each output channel gets the float
+network's mean and spread. What is behind it reads what all that makes, so that no error is made up for twice.
 
 Nothing but sums is kept: a linear is fitted after 1, 2, 4, 8 ... batches to all that it has read so far, and to everything in the end.
 From ERQ (Zhong et al., ICML 2024). Differs from the paper: streamed; GPTQ's rounding; the ridge falls with the tokens; mean and spread.
@@ -68,7 +68,7 @@ def absorb(
         read, width = pairs[layer.activations[0].tensor], bits[layer.name]
         weight = tensor_of(graph.module, operand_nodes(graph.layer_node(layer.name))[1])
         weight = absorbed(weight, read.covariance, read.missing, (RIDGE * weight.shape[1] / read.count) ** 2)
-        rounded = compensated(weight, read.covariance, *weight_ranges(weight, width, symmetric), width)
+        rounded = compensated(weight, read.float_covariance, *weight_ranges(weight, width, symmetric), width)
         gain, _ = correction(wanted[layer.name], read.output(rounded.dequantize()))
         weights[layer.name] = replace(rounded, scale=rounded.scale * gain.float())
         told()

@@ -66,13 +66,16 @@ class InputPairs:
         rows, read = some_rows(x), some_rows(quantized)
         count, mean, quantized_mean = len(rows), rows.mean(0), read.mean(0)
         rows, read = rows - mean, read - quantized_mean
+        floats = rows.T @ rows
         squares, missing = read.T @ read, read.T @ (rows - read)
         if not self.count:
+            self._floats = floats
             self.count, self.mean, self.quantized_mean, self._squares, self._missing = count, mean, quantized_mean, squares, missing
             return
         shift, quantized_shift = mean - self.mean, quantized_mean - self.quantized_mean
         both = count * self.count / (count + self.count)
         self._squares += squares.addr_(quantized_shift, quantized_shift, alpha=both)
+        self._floats += floats.addr_(shift, shift, alpha=both)
         self._missing += missing.addr_(quantized_shift, shift - quantized_shift, alpha=both)
         self.count += count
         self.mean = self.mean + shift * (count / self.count)
@@ -82,6 +85,11 @@ class InputPairs:
     def covariance(self) -> Tensor:
         """S of the module's equations, float32."""
         return self._squares / self.count
+
+    @property
+    def float_covariance(self) -> Tensor:
+        """The covariance of x, float32."""
+        return self._floats / self.count
 
     @property
     def missing(self) -> Tensor:
