@@ -27,7 +27,7 @@ def compensated(weight: Tensor, second_moment: Tensor, scale: Tensor, zero_point
 
     Args:
         weight: (O, I) float32.
-        second_moment: of the inputs that the layer reads, (I, I) (`InputMoments.quantized_covariance`, `input_covariances`).
+        second_moment: of the inputs that the layer reads, (I, I) (`InputPairs.float_covariance`, `input_covariances`).
         scale: (O,) float32.
         zero_point: (O,).
         bits: 2 to 8.

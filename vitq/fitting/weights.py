@@ -1,8 +1,8 @@
 """The codes that weights get: least-squares ranges for each output channel, and rounding that knows what the layer reads.
 
 A linear whose inputs' covariance is known is rounded with compensation (compensation.py); a convolution, or one without, to nearest.
-The covariance is that of the float network's inputs, one for all widths and plans: what metrics price. Calibration knows the plan, and
-takes that of the quantized network's inputs (calibration/absorbing.py).
+The covariance is that of the float network's inputs, one for all widths and plans: what metrics price. Calibration, which knows the plan,
+draws the weights to where they make up for their quantized inputs before it rounds them so (calibration/absorbing.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
