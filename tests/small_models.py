@@ -26,6 +26,12 @@ FAMILIES: dict[str, tuple[str, int, dict]] = {
     ),
     "levit": ("levit_128s", 64, {"img_size": 64, "embed_dim": (32, 48), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8}),
     "cait": ("cait_xxs24_224", 32, {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}),
+    # the key-value convolution is one linear more over patches of what the query reads
+    "pvt": (
+        "pvt_v2_b0",
+        64,
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (1, 2, 2, 2), "mlp_ratios": (2, 2, 2, 2)},
+    ),
     "visformer": ("visformer_tiny", 64, {"img_size": 64, "embed_dim": 48, "depth": (1, 1, 1), "num_heads": 3}),
 }
 

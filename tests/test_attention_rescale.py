@@ -39,7 +39,7 @@ def random_ranges(graph: Graph, found: list[Coupling]) -> dict[str, ChannelRange
 
 
 # queries with keys, values with projections; levit has a hardswish before its projection
-COUPLED = {"vit": (2, 2), "swin": (3, 3), "levit": (3, 0), "cait": (4, 4), "visformer": (2, 2)}
+COUPLED = {"vit": (2, 2), "swin": (3, 3), "levit": (3, 0), "cait": (4, 4), "pvt": (4, 4), "visformer": (2, 2)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

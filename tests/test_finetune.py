@@ -19,7 +19,10 @@ from torch import Tensor
 from vitq import checkpoint as checkpoints
 from vitq import models
 from vitq.affine import highest_code, weight_codes
+from vitq.allocation import allocate
+from vitq.artifacts import load_profile
 from vitq.augmented import Augmentation, TrainingImages, untouched
+from vitq.calibration import calibrate
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.finetune import Distillation, Training, _split, finetune
@@ -374,9 +377,12 @@ def test_annealing_moves_only_weights_that_are_near_a_boundary(model: LoadedMode
     assert changed > 0 and not torch.equal(learner._leaves["bias:head"], before["bias:head"])
 
 
-def test_nothing_is_taken_that_is_worse(session: Path, model: LoadedModel, start: Checkpoint, tmp_path: Path):
+def test_nothing_is_taken_that_is_worse(session: Path, model: LoadedModel, tmp_path: Path):
+    """Of 8 bits, which are near to float, such rates leave nothing, and scales run to where float32 ends."""
+    profile = load_profile(session / "vitq-run" / "profile.json")
+    start = calibrate(model, allocate(profile, uniform="8").plan, opened(session, model))
     found = finetune(start, model, opened(session, model), training_with(rate=50.0, other_rates=3000.0), tmp_path / "state")
-    assert found.after >= found.before and found.checkpoint is start
+    assert found.after > 2 * found.before and found.checkpoint is start
 
 
 def test_autocast_computes_in_bfloat16(model: LoadedModel, start: Checkpoint, session: Path):
@@ -484,3 +490,14 @@ def test_torchrun_trains_one_model(session: Path, tmp_path: Path):
     assert document["steps"] == 24 and document["loss_after"] < document["loss_before"]
     trained = checkpoints.load(tmp_path / "session" / "vitq-run" / "model.safetensors")
     assert trained.made_from["finetuning"]["processes"] == 2
+
+
+@pytest.mark.parametrize("far", [-100.0, 100.0])
+def test_scales_that_ran_away_are_held_where_float32_divides(session: Path, model: LoadedModel, start: Checkpoint, far: float):
+    learner = Learner(start, model, training_with(), Processes())
+    away = {name: torch.full_like(v, far) if name.startswith(("range", "gain")) else v for name, v in learner._leaves.items()}
+    learner.put({f"variable {name}": value for name, value in away.items()})
+    made = learner.checkpoint()
+    scales = [q.scale for q in made.activations.values()]  # type: ignore[attr-defined]
+    scales += [float(scale) for weight in made.weights.values() for scale in weight.scale]
+    assert all((1e-20 < scale < 1e-18) if far < 0 else (1e18 < scale < 1e20) for scale in scales)

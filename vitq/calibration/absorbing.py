@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Node
 
 from vitq.affine import QuantizedWeight
 from vitq.artifacts import Layer
@@ -61,13 +62,14 @@ def absorb(
     """
     linears = [layer for layer in graph.layers if layer.op == "linear"]
     weights = {name: fit_weights(graph, {}, name, [width], symmetric)[0] for name, width in bits.items()}
-    first_reader = {layer.activations[0].tensor: layer.name for layer in reversed(linears)}
-    pairs = {name: InputPairs() for name in first_reader}
+    reads = {layer.name: operand_nodes(graph.layer_node(layer.name))[0] for layer in linears}  # not the tensor: patches are made of it
+    first_reader = {node: name for name, node in reversed(reads.items())}
+    pairs = {node: InputPairs() for node in first_reader}
     wanted: dict[str, Moments] = {}
-    read_in_float: dict[str, Tensor] = {}
+    read_in_float: dict[Node, Tensor] = {}
 
     def fit(layer: Layer) -> None:
-        read, width = pairs[layer.activations[0].tensor], bits[layer.name]
+        read, width = pairs[reads[layer.name]], bits[layer.name]
         weight = tensor_of(graph.module, operand_nodes(graph.layer_node(layer.name))[1])
         if activations[layer.activations[0].tensor].bits >= _FEWEST_BITS:
             weight = absorbed(weight, read.covariance, read.missing, (RIDGE * weight.shape[1] / read.count) ** 2)
@@ -77,10 +79,10 @@ def absorb(
         told()
 
     def in_float(layer: Layer, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        name, output = layer.activations[0].tensor, compute(*arguments)
+        output = compute(*arguments)
         gather(wanted, layer, output)
-        if first_reader[name] == layer.name:
-            read_in_float[name] = arguments[0]
+        if first_reader[reads[layer.name]] == layer.name:
+            read_in_float[reads[layer.name]] = arguments[0]
         return output
 
     def quantized(layer: Layer, fitting: bool, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -89,13 +91,13 @@ def absorb(
             return compute(*read)
         if layer.op != "linear":
             return compute(*read, weights[layer.name].dequantize(), *arguments[2:])
-        name = layer.activations[0].tensor
-        if first_reader[name] == layer.name:
-            pairs[name].add(read_in_float.pop(name), read[0])
+        node = reads[layer.name]
+        if first_reader[node] == layer.name:
+            pairs[node].add(read_in_float.pop(node), read[0])
         if fitting:
             fit(layer)
         weight = weights[layer.name].dequantize()
-        bias = wanted[layer.name].mean - pairs[name].output(weight).mean
+        bias = wanted[layer.name].mean - pairs[node].output(weight).mean
         return compute(*read, weight, bias.float(), *arguments[3:])
 
     before = {graph.nodes[layer.name]: partial(in_float, layer) for layer in linears}

@@ -42,6 +42,7 @@ of 0.0290, and 0.0405 instead of 0.0378; 3/3, one seed. Without LayerNorms and t
 """
 
 _INSIDE = 0.499  # of a step: a weight starts where it rounds to the code that the checkpoint has
+_SCALES = (1e-19, 1e19)  # a run that goes astray ends in a checkpoint that can be judged, and is not taken
 
 
 @dataclass
@@ -240,7 +241,7 @@ def _normalized(learned: Learned) -> Intercept:
 
 
 def _scale(learned: Learned, kind: str) -> Tensor:
-    return learned.fixed["scale"] * learned.variables[kind].exp()
+    return (learned.fixed["scale"] * learned.variables[kind].exp()).clamp(*_SCALES)
 
 
 def _zero_point(learned: Learned, bits: int) -> Tensor:
