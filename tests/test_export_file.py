@@ -21,7 +21,7 @@ from vitq.onnx_file import ExportReport, export
 from vitq.onnx_file.digests import check_digests
 from vitq.onnx_file.kernels import optimised_graph
 from vitq.processor import processor
-from vitq.quantizers import Uniform
+from vitq.quantizers import TwinGrid, Uniform
 from vitq.runtime import needed_options, open_session
 
 
@@ -293,3 +293,41 @@ def test_what_is_bounded_below_needs_no_clip(zero_point: int, clips: bool, tmp_p
     for gelu in (node for node in model.graph.node if node.op_type == "Gelu"):
         assert (readers[readers[gelu.output[0]].output[0]].op_type == "Clip") == clips
     np.testing.assert_allclose(run(path, 3 * images), checkpoint.quantized_module()(3 * images).detach(), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("parameters", [(0.05, 3, 8, 5, 4), (0.1, 0, 2, 9, 2), (0.02, 5, 31, 3, 6), (0.3, 1, 1, 3, 3)])
+def test_two_step_sizes_run_as_tables_and_give_the_quantizers_integers(parameters: tuple, tmp_path: Path) -> None:
+    """Every number from far below the lowest code to far above the highest, but for those at a tie, through onnxruntime."""
+    quantizer = TwinGrid(float(np.float32(parameters[0])), *parameters[1:])
+    checkpoint = make_checkpoint(small_vit(), weight=8, activation=quantizer.bits)
+    tensors = {layer.operands[0].tensor for layer in checkpoint.graph.layers if layer.operands[0].role == "post_gelu"}
+    checkpoint = replace(checkpoint, activations=dict(checkpoint.activations) | dict.fromkeys(tensors, quantizer))
+    path, images = tmp_path / "model.onnx", random_images(4, (3, 32, 32))
+    report = export(checkpoint, path, [images])
+    assert report.not_fused == () and report.code_mismatch == 0
+    kernels = [node.op_type for node in optimised_graph(path).node]
+    assert kernels.count("QLinearLeakyRelu") == 2 * len(tensors) == 4 and "LeakyRelu" not in kernels
+
+    model = onnx.load(path)
+    gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
+    at = list(model.graph.node).index(gelu)
+    chain = list(model.graph.node)[at + 1 : at + 8]
+    assert [node.op_type for node in chain] == ["QuantizeLinear", "DequantizeLinear", "LeakyRelu"] * 2 + ["QuantizeLinear"]
+    used = {name for node in chain for name in node.input}
+    graph = onnx.helper.make_graph(
+        chain,
+        "chain",
+        [onnx.helper.make_tensor_value_info(gelu.output[0], onnx.TensorProto.FLOAT, ["n"])],
+        [onnx.helper.make_tensor_value_info(chain[-1].output[0], onnx.TensorProto.UINT8, ["n"])],
+        [tensor for tensor in model.graph.initializer if tensor.name in used],
+    )
+    steps = torch.arange(-1500, 30_000) / 100
+    steps = steps[((steps % 1) - 0.5).abs() > 1e-3]
+    session = onnxruntime.InferenceSession(
+        onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=10).SerializeToString()
+    )
+    (found,) = session.run(None, {gelu.output[0]: (steps * quantizer.scale).numpy()})
+    codes = range(2**quantizer.bits)
+    levels = [code - quantizer.zero_point + (quantizer.ratio - 1) * max(code - quantizer.knee, 0) for code in codes]
+    nearest = [min(levels, key=lambda level: abs(level - step)) + quantizer.zero_point for step in steps.tolist()]
+    assert found.tolist() == nearest

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from vitq.fitting.importance import importance_histograms
 from vitq.fitting.search import squared_error
 from vitq.fitting.uniform import quantile
 from vitq.gradients import error_probe
-from vitq.quantizers import QUANTIZERS, AdaLog, Log2, LogGrid, LogSqrt2, PowerOfTwoFactor, Quantizer, TwinUniform, Uniform
+from vitq.quantizers import QUANTIZERS, AdaLog, Log2, LogGrid, LogSqrt2, PowerOfTwoFactor, Quantizer, TwinGrid, TwinUniform, Uniform
 from vitq.ranges import BINS, Histogram, activation_qparams, add
 
 
@@ -74,6 +75,13 @@ def dense(name: str, x: Tensor, bits: int) -> Iterator[Quantizer]:
                     moved = shape.quantize_dequantize(x).double()
                     if float(moved.square().sum()):
                         yield LogGrid(float32(float((x * moved).sum() / moved.square().sum())), float32(step), offset, bits)
+    if name == "twin-grid":
+        highest, low = 2**bits - 1, max(-float(x.min()), 0.0)
+        for ratio, knee in product((3, 5, 7, 9), range(1, highest, max(1, highest // 16))):
+            if knee + ratio * (highest - knee) <= 255:
+                reaches = np.geomspace(0.05, 1, 25) * top
+                for scale, zero in product((reaches + low) / (knee + ratio * (highest - knee)), np.linspace(0, 1, 4)):
+                    yield TwinGrid(float32(scale), min(round(zero * low / scale), knee), knee, ratio, bits)
     if name == "twin-uniform":
         steps = [float32(scale / (2 ** (bits - 1) - 1)) for scale in scales[::2]]
         if float(x.min()) < 0:
@@ -85,7 +93,9 @@ def dense(name: str, x: Tensor, bits: int) -> Iterator[Quantizer]:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
-@pytest.mark.parametrize(("name", "sample"), [*((name, "softmax") for name in FITS if name != "uniform"), ("twin-uniform", "gelu")])
+@pytest.mark.parametrize(
+    ("name", "sample"), [*((name, "softmax") for name in FITS if name != "uniform"), ("twin-uniform", "gelu"), ("twin-grid", "gelu")]
+)
 def test_fits_are_near_the_best_of_a_dense_grid(name: str, sample: str, bits: int):
     part = SAMPLES[sample].sort().values[3::7]
     best = min(error_on(part, quantizer) for quantizer in dense(name, SAMPLES[sample], bits))
@@ -267,6 +277,16 @@ def test_many_small_and_few_large_values_get_a_logarithm_if_they_are_a_softmax(b
     assert logarithm < 0.8 * uniform
     assert type(fit_operand(of(spread), bits, "post_softmax")) is LogGrid
     assert type(fit_operand(of(even), bits, "post_softmax")) is type(fit_operand(of(spread), bits, "plain")) is Uniform
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_a_gelus_output_gets_two_steps_where_they_are_worth_it(bits: int):
+    uniform, twin = (error_on(GELU, FITS[name](of(GELU), bits)) for name in ("uniform", "twin-grid"))
+    chosen = fit_operand(of(GELU), bits, "post_gelu")
+    assert type(chosen) is (TwinGrid if twin <= 0.8 * uniform else Uniform)
+    assert bits < 4 or type(chosen) is TwinGrid
+    even = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    assert type(fit_operand(of(even), bits, "post_gelu")) is type(fit_operand(of(GELU), bits, "plain")) is Uniform
 
 
 @pytest.mark.parametrize("bits", range(2, 8))

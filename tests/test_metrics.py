@@ -13,10 +13,11 @@ from small_models import NormThenLinear, ThreeProjections, Tokens, captured, cap
 from test_output_fisher import Mixed
 from torch import Tensor, nn
 
-from vitq.affine import quantize_dequantize, quantize_weight
+from vitq.affine import quantize_weight
 from vitq.allocation import allocate
 from vitq.artifacts import CostTable, Layer, ModelSpec, Profile
 from vitq.errors import InputError, UsageError, VitqError
+from vitq.fitting import fit_operand
 from vitq.gradients import fisher_probe, trace
 from vitq.graph import Graph, run, tensor_of
 from vitq.graph.dataflow import argument
@@ -27,7 +28,7 @@ from vitq.importance.fisher import operand_traces, squared_gradients
 from vitq.importance.lampq import fisher_traces, probed_layers, type_scales
 from vitq.importance.mix_qvit import combine
 from vitq.importance.nuclear import module_norms, module_of
-from vitq.ranges import activation_qparams, fold, weight_ranges
+from vitq.ranges import fold, weight_ranges
 from vitq.rewrites import rewrite
 
 BITS = (2, 4, 8)
@@ -272,8 +273,8 @@ def test_hawq_multiplies_mean_trace_and_squared_error():
                 assert table.weight[layer.name][index] == pytest.approx(traces[layer.name][1] / w.numel() * float(error), rel=1e-4)
             expected = 0.0
             for operand, values, found in zip(layer.activations, inputs[layer.name], traces[layer.name], strict=False):
-                q = activation_qparams(subject.histograms[operand.tensor], bits)
-                expected += found * float((quantize_dequantize(values, q.scale, q.zero_point, bits) - values).square().mean())
+                q = fit_operand(subject.histograms[operand.tensor], bits, operand.role)
+                expected += found * float((q.quantize_dequantize(values) - values).square().mean())
             assert table.activation[layer.name][index] == pytest.approx(expected, rel=0.05)  # from histograms
 
 
@@ -300,8 +301,8 @@ def test_sqnr_is_that_of_each_output():
     subject, table, inputs = subject_of(), table_of("sqnr"), layer_inputs(subject_of())
     for layer in subject.graph.layers:
         for index, bits in enumerate(BITS):
-            q = [activation_qparams(subject.histograms[operand.tensor], bits) for operand in layer.activations]
-            read = [quantize_dequantize(x, p.scale, p.zero_point, bits) for x, p in zip(inputs[layer.name], q, strict=True)]
+            q = [fit_operand(subject.histograms[operand.tensor], bits, operand.role) for operand in layer.activations]
+            read = [p.quantize_dequantize(x) for x, p in zip(inputs[layer.name], q, strict=True)]
             if layer.has_weight:
                 w = weight_of(subject, layer)
                 dequantized = quantize_weight(w, *weight_ranges(w, bits), bits).dequantize()
@@ -320,8 +321,8 @@ def test_weight_mse_is_relative_to_each_operand():
         for index, bits in enumerate(BITS):
             expected = 0.0
             for operand, x in zip(layer.activations, inputs[layer.name], strict=True):
-                q = activation_qparams(subject.histograms[operand.tensor], bits)
-                expected += float((quantize_dequantize(x, q.scale, q.zero_point, bits) - x).square().sum() / x.square().sum())
+                q = fit_operand(subject.histograms[operand.tensor], bits, operand.role)
+                expected += float((q.quantize_dequantize(x) - x).square().sum() / x.square().sum())
             assert table.activation[layer.name][index] == pytest.approx(expected, rel=0.05)
             if layer.has_weight:
                 w = weight_of(subject, layer)

@@ -11,13 +11,14 @@ import torch
 from small_models import NormThenLinear, ThreeProjections, Tokens, captured, captured_module, images, randomised
 from torch import Tensor, nn
 
-from vitq.affine import quantize_dequantize, quantize_weight
-from vitq.artifacts import CostTable
+from vitq.affine import quantize_weight
+from vitq.artifacts import CostTable, Operand
+from vitq.fitting import fit_operand
 from vitq.gradients import error_pair, error_probe, fisher_pair, fisher_probe, pair_for, probe_for, trace
 from vitq.graph import Graph, analyse, copy, run, tensor_of
 from vitq.importance import MetricOptions, Subject
-from vitq.quantizers import Uniform
-from vitq.ranges import Batches, Histogram, activation_qparams, fold, histograms, weight_ranges
+from vitq.quantizers import Quantizer
+from vitq.ranges import Batches, Histogram, fold, histograms, weight_ranges
 from vitq.rewrites import rewrite
 
 BITS = (2, 4, 8)
@@ -162,12 +163,12 @@ class Case:
     graph: Graph
     histograms: dict[str, Histogram]
     batch: Tensor
-    fitted: dict[tuple[str, int], Uniform] = field(default_factory=dict)
+    fitted: dict[tuple[str, int], Quantizer] = field(default_factory=dict)
 
-    def qparams(self, tensor: str, bits: int) -> Uniform:
-        if (tensor, bits) not in self.fitted:
-            self.fitted[tensor, bits] = activation_qparams(self.histograms[tensor], bits)
-        return self.fitted[tensor, bits]
+    def quantizer(self, operand: Operand, bits: int) -> Quantizer:
+        if (operand.tensor, bits) not in self.fitted:
+            self.fitted[operand.tensor, bits] = fit_operand(self.histograms[operand.tensor], bits, operand.role)
+        return self.fitted[operand.tensor, bits]
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +184,7 @@ def quantized_operands(case: Case, layer, weight_bits: int | None, activation_bi
     changed = list(arguments)
     for index, operand in enumerate(layer.activations):
         if activation_bits is not None:
-            q = case.qparams(operand.tensor, activation_bits)
-            changed[index] = quantize_dequantize(arguments[index], q.scale, q.zero_point, q.bits)
+            changed[index] = case.quantizer(operand, activation_bits).quantize_dequantize(arguments[index])
     if layer.has_weight and weight_bits is not None:
         changed[1] = quantize_weight(arguments[1], *weight_ranges(arguments[1], weight_bits), weight_bits).dequantize()
     return changed

@@ -24,6 +24,7 @@ from vitq.quantizers import (
     LogSqrt2,
     PowerOfTwoFactor,
     Quantizer,
+    TwinGrid,
     TwinUniform,
     Uniform,
     from_json,
@@ -38,6 +39,14 @@ values = arrays(
     np.float32, st.tuples(st.integers(1, 30), st.just(CHANNELS)), elements=st.floats(-1e4, 1e4, width=32) | st.floats(-1, 1, width=32)
 )
 
+
+def twin_grid(scale: float, knee: int, depth: float, ratio: int, bits: int) -> TwinGrid:
+    """The knee as near to the one asked for as the grid has room."""
+    highest = 2**bits - 1
+    knee = max(min(knee, highest), -((255 - ratio * highest) // (ratio - 1)))
+    return TwinGrid(scale, int(depth * knee), knee, ratio, bits)
+
+
 EXAMPLES: dict[str, st.SearchStrategy[Quantizer]] = {
     "uniform": st.builds(Uniform, scales, zero_points, widths),
     "log2": st.builds(Log2, scales, widths, st.booleans()),
@@ -46,6 +55,7 @@ EXAMPLES: dict[str, st.SearchStrategy[Quantizer]] = {
     "twin-uniform": st.tuples(scales, scales).map(sorted).flatmap(lambda steps: st.builds(TwinUniform, *map(st.just, steps), widths))
     | st.builds(TwinUniform, scales, scales, widths, st.just(True)),
     "log-grid": st.builds(LogGrid, scales, st.floats(2.0**-9, 4.0, width=32), st.integers(0, 100), st.integers(2, 7)),
+    "twin-grid": st.builds(twin_grid, scales, st.integers(0, 126), st.floats(0, 1), st.sampled_from([3, 5, 7, 9]), st.integers(2, 7)),
     "power-of-two-factor": st.builds(PowerOfTwoFactor, scales, zero_points, widths, st.tuples(*[st.integers(0, 3)] * CHANNELS)),
 }
 any_quantizer = st.one_of(*EXAMPLES.values())
@@ -126,7 +136,7 @@ def test_damaged_parameters_are_refused(name: str):
 
 
 def test_an_unknown_quantizer_is_refused():
-    known = "uniform, log2, log-sqrt2, adalog, twin-uniform, log-grid, power-of-two-factor"
+    known = "uniform, log2, log-sqrt2, adalog, twin-uniform, log-grid, twin-grid, power-of-two-factor"
     with pytest.raises(ValueError, match=f"quantizer 'log3' is not known; there are {known}"):
         from_json({"quantizer": "log3", "bits": 4})
 
@@ -147,6 +157,7 @@ def example(name: str) -> Quantizer:
         "adalog": AdaLog(2.0, 20, 4, 0.25),
         "twin-uniform": TwinUniform(0.25, 1.0, 4),
         "log-grid": LogGrid(0.25, 0.5, 3, 4),
+        "twin-grid": TwinGrid(0.25, 2, 6, 5, 4),
         "power-of-two-factor": PowerOfTwoFactor(0.5, 3, 4, (0, 1, 3)),
     }[name]
 
@@ -214,6 +225,14 @@ def paper_log_grid(q: LogGrid, x: float, _: int) -> list[float]:
     return [q.scale * (number - last) for number in integers for last in lasts]
 
 
+def paper_twin_grid(q: TwinGrid, x: float, _: int) -> list[float]:
+    """PTQ4ViT's two uniform quantizers, fine and coarse, side by side: of all their values, the nearest."""
+    fine = [q.scale * (code - q.zero_point) for code in range(q.knee + 1)]
+    coarse = [fine[-1] + q.scale * q.ratio * step for step in range(1, 2**q.bits - q.knee)]
+    nearest = min(abs(x - value) for value in fine + coarse)
+    return [value for value in fine + coarse if abs(x - value) <= nearest + 1e-3 * q.scale + 1e-6 * abs(x)]
+
+
 def paper_power_of_two_factor(q: PowerOfTwoFactor, x: float, channel: int) -> list[float]:
     """FQ-ViT, Power-of-Two Factor."""
     return affine(x, 2 ** q.exponents[channel] * q.scale, q.zero_point, q.bits)
@@ -226,6 +245,7 @@ PAPERS: dict[str, Callable[..., list[float]]] = {
     "adalog": paper_adalog,
     "twin-uniform": paper_twin_uniform,
     "log-grid": paper_log_grid,
+    "twin-grid": paper_twin_grid,
     "power-of-two-factor": paper_power_of_two_factor,
 }
 

@@ -17,7 +17,7 @@ from vitq.calibration import reconstruct
 from vitq.calibration.errors import block_error, weights_of_errors
 from vitq.calibration.estimate import estimate
 from vitq.calibration.fast import fit_fast
-from vitq.calibration.learned import learned_activation, learned_log_grid, learned_weight, straight_through
+from vitq.calibration.learned import learned_activation, learned_log_grid, learned_twin_grid, learned_weight, straight_through
 from vitq.calibration.learning import Learning
 from vitq.calibration.reconstruct import calibrate_reconstruct, held_out, held_out_loss
 from vitq.calibration.scratch import Rows, Scratch
@@ -27,7 +27,7 @@ from vitq.calibration.views import view
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.graph import Graph, run
-from vitq.quantizers import Log2, LogGrid
+from vitq.quantizers import Log2, LogGrid, TwinGrid
 from vitq.ranges import fold
 from vitq.rewrites import rewrite
 
@@ -123,6 +123,25 @@ def test_a_logarithmic_grids_gradients_are_those_with_rounding_held():
     powers = -x.detach().log() / 0.5  # codes 0 to 6 are powers 2 to 8, code 7 is 0
     assert torch.equal(x.grad != 0, (powers > 1.5) & (powers < 8.5)) and 0 < int((x.grad != 0).sum()) < 400
     assert torch.equal(x.grad[x.grad != 0], out[x.grad != 0])
+
+
+def test_a_twin_grids_gradients_are_those_with_rounding_held():
+    """By number: inside the range the gradient of x passes, and the scale's is c - u; outside it is c."""
+    quantizer = TwinGrid(0.125, 2, 5, 3, 3)  # -2 to 3 steps one by one, then 6 and 9
+    x = (torch.randn(400, generator=torch.Generator().manual_seed(1)) * 0.6).requires_grad_()
+    out = torch.randn(400, generator=torch.Generator().manual_seed(2))
+    scale = torch.tensor(0.11, requires_grad=True)
+    found = learned_twin_grid(x, scale, quantizer)
+    assert torch.equal(found, replace(quantizer, scale=float(scale.detach())).quantize_dequantize(x.detach()))
+    (out * found).sum().backward()
+    assert scale.grad is not None and x.grad is not None
+    by_scale = 0.0
+    for value, weight, passed in zip((x.detach() / 0.11).tolist(), out.tolist(), x.grad.tolist(), strict=True):
+        whole = min((-2, -1, 0, 1, 2, 3, 6, 9), key=lambda number: abs(number - value))
+        inside = -2.5 <= value <= 10.5
+        by_scale += weight * (whole - value if inside else whole)
+        assert passed == pytest.approx(weight if inside else 0.0)
+    assert float(scale.grad) == pytest.approx(by_scale, rel=1e-4)
 
 
 def test_any_other_quantizer_is_passed_straight_through():

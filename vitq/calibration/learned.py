@@ -11,6 +11,8 @@ On the logarithmic grid x^ = scale c too, with c the whole number of the code th
 
     d x^ / d scale = c,        d x^ / d x = 1 between the smallest power and the largest, else 0
 
+On the twin grid they are those of equal steps, c the grid's number less the zero point; knee, ratio and zero point stay.
+
 A weight is learned in steps: W^ = scale clip(round(v), range), v of the weight's shape. Its scale is then a gain a channel, and a change
 of the scale rounds no weight anew.
 Differs from the paper: zero points learn too (LSQ+, Bhalgat et al., 2020); Adam makes the paper's factor on the scale's gradient idle;
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from vitq.affine import highest_code
-from vitq.quantizers import LogGrid, Quantizer
+from vitq.quantizers import LogGrid, Quantizer, TwinGrid
 
 
 def learned_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -42,6 +44,11 @@ def learned_weight(steps: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
 def learned_log_grid(x: Tensor, scale: Tensor, quantizer: LogGrid) -> Tensor:
     """x^ of x's shape by the quantizer with another scale, which is float32 of no dimension."""
     return _LogGrid.apply(x, scale, quantizer)  # type: ignore[return-value]
+
+
+def learned_twin_grid(x: Tensor, scale: Tensor, quantizer: TwinGrid) -> Tensor:
+    """x^ of x's shape by the quantizer with another scale, which is float32 of no dimension."""
+    return _TwinGrid.apply(x, scale, quantizer)  # type: ignore[return-value]
 
 
 def bounded(x: Tensor, lowest: float, highest: float) -> Tensor:
@@ -85,6 +92,23 @@ class _LogGrid(torch.autograd.Function):
         whole, inside = ctx.saved_tensors
         (gradient,) = gradients
         return gradient * inside, (gradient * whole).sum(), None
+
+
+class _TwinGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, quantizer: TwinGrid) -> Tensor:
+        steps = x / scale
+        whole = quantizer.integers(quantizer.codes(steps)) - quantizer.zero_point
+        ends = quantizer.integers(torch.tensor([0.0, highest_code(quantizer.bits)])) - quantizer.zero_point
+        ctx.save_for_backward(steps, whole, (steps >= ends[0] - 0.5) & (steps <= ends[1] + quantizer.ratio / 2))
+        return whole * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        steps, whole, inside = ctx.saved_tensors
+        (gradient,) = gradients
+        within = gradient * inside
+        return within, (gradient * whole).sum() - (within * steps).sum(), None
 
 
 class _Weight(torch.autograd.Function):

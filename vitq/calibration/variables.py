@@ -26,13 +26,13 @@ from torch.fx import Node
 
 from vitq.affine import QuantizedWeight, highest_code, weight_codes
 from vitq.artifacts import Layer
-from vitq.calibration.learned import bounded, learned_activation, learned_log_grid, learned_weight, straight_through
+from vitq.calibration.learned import bounded, learned_activation, learned_log_grid, learned_twin_grid, learned_weight, straight_through
 from vitq.checkpoint import Checkpoint
 from vitq.graph import Graph, assign, copy, tensor_of
 from vitq.graph.dataflow import argument, aten
 from vitq.graph.layers import operand_nodes
 from vitq.graph.run import Intercept
-from vitq.quantizers import LogGrid, Quantizer, Uniform
+from vitq.quantizers import INTEGER_QUANTIZERS, LogGrid, Quantizer, TwinGrid, Uniform
 
 RATES = {"steps": 0.01, "gain": 0.003, "bias": 0.01, "range": 0.005, "zero_point": 0.02, "norm_gain": 0.005, "norm_bias": 0.005}
 """Adam's first learning rate of each kind of variable, in its own unit.
@@ -75,7 +75,7 @@ class BlockVariables:
         self._activations = {
             tensor: _activation(quantizer, device)
             for tensor, quantizer in checkpoint.activations.items()
-            if tensor in learned and tensor not in settled and isinstance(quantizer, Uniform | LogGrid)
+            if tensor in learned and tensor not in settled and isinstance(quantizer, INTEGER_QUANTIZERS)
         }
         self._norms = {node.name: _norm(checkpoint.graph, node) for node in _norm_nodes(floats) if node.name in self._activations}
 
@@ -144,6 +144,8 @@ class BlockVariables:
         quantizer = self._checkpoint.activations[tensor]
         if isinstance(quantizer, LogGrid):
             return learned_log_grid(x, _scale(learned, "range"), quantizer)
+        if isinstance(quantizer, TwinGrid):
+            return learned_twin_grid(x, _scale(learned, "range"), quantizer)
         return learned_activation(x, _scale(learned, "range"), _zero_point(learned, quantizer.bits), quantizer.bits)
 
     def checkpoint(self) -> Checkpoint:
@@ -198,7 +200,7 @@ def _weight(floats: Graph, checkpoint: Checkpoint, layer: Layer, statistics: boo
 
 
 def _activation(quantizer: Quantizer, device: torch.device) -> Learned:
-    assert isinstance(quantizer, Uniform | LogGrid)
+    assert isinstance(quantizer, INTEGER_QUANTIZERS)
     scale = torch.tensor(float(quantizer.scale), device=device)
     variables = {"range": torch.zeros_like(scale)}
     if isinstance(quantizer, Uniform):
@@ -208,7 +210,7 @@ def _activation(quantizer: Quantizer, device: torch.device) -> Learned:
 
 def _rounded(learned: Learned, quantizer: Quantizer) -> Quantizer:
     scale = float(_scale(learned, "range"))
-    if isinstance(quantizer, LogGrid):
+    if isinstance(quantizer, LogGrid | TwinGrid):
         return replace(quantizer, scale=scale)
     return Uniform(scale, int(_zero_point(learned, quantizer.bits).round()), quantizer.bits)
 

@@ -93,7 +93,7 @@ def calibrate(
     from vitq.calibration import calibrate as fit
     from vitq.calibration.attribution import IMAGES as ATTRIBUTED
     from vitq.checkpoint import save
-    from vitq.quantizers import LogGrid, Uniform
+    from vitq.quantizers import INTEGER_QUANTIZERS
 
     started = time.perf_counter()
     reading = Reading(images, num_images, seed, batch_size, workers)
@@ -151,7 +151,7 @@ def calibrate(
     on = f"on {counted(opened.num_images, 'image')} in {document['seconds']:.1f} s"
     what = f"{counted(len(chosen.layers), 'layer')} calibrated by recipe {recipe} {on}"
     terminal.result(document, what, *lines, f"wrote {path} ({in_units(document['file_bytes'], 'B')})")
-    exports = all(isinstance(quantizer, Uniform | LogGrid) for quantizer in checkpoint.activations.values())
+    exports = all(isinstance(quantizer, INTEGER_QUANTIZERS) for quantizer in checkpoint.activations.values())
     terminal.next(
         in_folder("vitq export", path, CHECKPOINT) if exports else shlex.join(["vitq", "evaluate", str(path), "--images", "PATH"])
     )

@@ -12,6 +12,7 @@ from vitq.fitting.logarithms import fit_adalog, fit_log2, fit_log_sqrt2
 from vitq.fitting.observe import observe
 from vitq.fitting.search import least, squared_error
 from vitq.fitting.twin import fit_twin_uniform
+from vitq.fitting.twin_grid import fit_twin_grid
 from vitq.fitting.uniform import RANGES, fit_mse
 from vitq.fitting.weights import fit_weights, input_covariances
 from vitq.quantizers import IntegerQuantizer, Quantizer
@@ -26,10 +27,13 @@ FITS: dict[str, Callable[[Histogram, int], Quantizer]] = {
     "adalog": fit_adalog,
     "twin-uniform": fit_twin_uniform,
     "log-grid": fit_log_grid,
+    "twin-grid": fit_twin_grid,
 }
 
 _WORTH = 0.8
-"""A logarithm costs two more ops than equal steps do: it is taken where it has at most this part of their squared error."""
+"""Other codes cost two more ops than equal steps do: they are taken where they have at most this part of their squared error."""
+
+_OTHER: dict[Role, Callable[[Histogram, int], IntegerQuantizer]] = {"post_softmax": fit_log_grid, "post_gelu": fit_twin_grid}
 
 
 def fit(histogram: Histogram, bits: int, allowed: Collection[str] = ("uniform",)) -> Quantizer:
@@ -38,12 +42,12 @@ def fit(histogram: Histogram, bits: int, allowed: Collection[str] = ("uniform",)
 
 
 def fit_operand(histogram: Histogram, bits: int, role: Role) -> IntegerQuantizer:
-    """What `calibrate` quantizes an operand of a role with by default: equal steps, or a softmax's logarithm where that is worth it."""
+    """What `calibrate` quantizes an operand of a role with by default: equal steps, or other codes where those are worth it."""
     uniform = fit_mse(histogram, bits)
-    if role != "post_softmax":
+    if role not in _OTHER:
         return uniform
-    logarithm = fit_log_grid(histogram, bits)
-    return logarithm if squared_error(histogram, logarithm) <= _WORTH * squared_error(histogram, uniform) else uniform
+    other = _OTHER[role](histogram, bits)
+    return other if squared_error(histogram, other) <= _WORTH * squared_error(histogram, uniform) else uniform
 
 
 def roles(layers: Iterable[Layer]) -> Mapping[str, Role]:

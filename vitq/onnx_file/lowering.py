@@ -27,7 +27,7 @@ from vitq.checkpoint import Checkpoint
 from vitq.errors import UsageError
 from vitq.onnx_file.storage import Storage, function_name, unpack_function, weight_tensors
 from vitq.onnx_file.trace import DOMAIN
-from vitq.quantizers import IntegerQuantizer, LogGrid, Uniform
+from vitq.quantizers import INTEGER_QUANTIZERS, IntegerQuantizer, LogGrid, TwinGrid, Uniform
 from vitq.quantizers.log_grid import TOP
 
 
@@ -107,6 +107,8 @@ class _Lowering:
         if (value, quantizer, less) not in self._codes:
             if isinstance(quantizer, LogGrid):
                 codes = self._logarithmic(value, quantizer)
+            elif isinstance(quantizer, TwinGrid):
+                codes = self._in_two_steps(value, quantizer)
             else:
                 codes = self._tape.op("QuantizeLinear", [value, *self._affine(quantizer.scale, quantizer.zero_point, less)])
                 if less >= 0 and not _stays_below(quantizer, role):
@@ -125,6 +127,16 @@ class _Lowering:
         rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [logarithm, *step]), *step])
         largest = np.exp(-np.float64(quantizer.step) * quantizer.offset)
         return self._tape.op("QuantizeLinear", [self._tape.op("Exp", [rounded]), *self._affine(float(np.float32(largest / TOP)), 0)])
+
+    def _in_two_steps(self, value: ir.Value, quantizer: TwinGrid) -> ir.Value:
+        """The grid's integers: rounded to the fine step and saturated below, then above the knee to the coarse one and saturated above."""
+        coarse = float(np.float32(quantizer.scale) * np.float32(quantizer.ratio))
+        fine, knee = self._affine(quantizer.scale, quantizer.zero_point), self._affine(quantizer.scale, quantizer.knee)
+        codes = self._affine(coarse, 255 - (highest_code(quantizer.bits) - quantizer.knee))
+        rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [value, *fine]), *knee])
+        stretched = self._tape.op("LeakyRelu", [rounded], {"alpha": float(quantizer.ratio)})
+        rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [stretched, *codes]), *codes])
+        return self._tape.op("QuantizeLinear", [self._tape.op("LeakyRelu", [rounded], {"alpha": 1 / quantizer.ratio}), *knee])
 
     def _dequantize(self, codes: ir.Value, quantizer: IntegerQuantizer, less: int) -> ir.Value:
         if (codes, quantizer, less) not in self._dequantized:
@@ -189,7 +201,7 @@ def integer_quantizer(checkpoint: Checkpoint, operand: Operand) -> IntegerQuanti
         UsageError: it is of another kind.
     """
     quantizer = checkpoint.activations[operand.tensor]
-    if not isinstance(quantizer, Uniform | LogGrid):
+    if not isinstance(quantizer, INTEGER_QUANTIZERS):
         raise UsageError(
             f"the input {operand.tensor} is quantized by {type(quantizer).__name__}, which integer kernels do not read and export does "
             "not write; calibrate with a recipe that exports, such as `vitq calibrate --recipe fast --force`"

@@ -27,7 +27,7 @@ from vitq.onnx_file.lowering import lower
 from vitq.onnx_file.split import split_linears
 from vitq.onnx_file.storage import Storage
 from vitq.onnx_file.trace import DOMAIN, OPSET, trace_graph
-from vitq.quantizers import LogGrid, Quantizer, Uniform
+from vitq.quantizers import LogGrid, Quantizer, TwinGrid, Uniform
 from vitq.runtime import INT8_ALLOWED
 
 _IR_VERSION = 10  # of OPSET
@@ -120,6 +120,8 @@ def _quantizer(role: str, bits: Bits) -> Quantizer:
     plain, softmax, octave = (float(torch.tensor(value)) for value in (8.0 / highest_code(bits), 0.9 / 255, 0.7))
     if role == "post_softmax":
         return LogGrid(softmax, octave, 0, bits) if bits < 8 else Uniform(softmax, 0, bits)
+    if role == "post_gelu" and bits < 8:
+        return TwinGrid(plain / 4, 0, highest_code(bits) // 2 + 1, 3, bits)
     return Uniform(plain, 2 ** (bits - 1), bits)
 
 

@@ -19,12 +19,13 @@ from vitq.quantizers.log2 import Log2
 from vitq.quantizers.log_grid import LogGrid
 from vitq.quantizers.log_sqrt2 import LogSqrt2
 from vitq.quantizers.power_of_two_factor import PowerOfTwoFactor
+from vitq.quantizers.twin_grid import TwinGrid
 from vitq.quantizers.twin_uniform import TwinUniform
 from vitq.quantizers.uniform import Uniform
 
 __all__ = [
-    "QUANTIZERS", "AdaLog", "IntegerQuantizer", "Log2", "LogGrid", "LogSqrt2", "PowerOfTwoFactor", "Quantizer", "TwinUniform", "Uniform",
-    "from_json", "to_json",
+    "INTEGER_QUANTIZERS", "QUANTIZERS", "AdaLog", "IntegerQuantizer", "Log2", "LogGrid", "LogSqrt2", "PowerOfTwoFactor", "Quantizer",
+    "TwinGrid", "TwinUniform", "Uniform", "from_json", "to_json",
 ]  # fmt: skip
 
 
@@ -78,8 +79,13 @@ QUANTIZERS: dict[str, type[Any]] = {
     "adalog": AdaLog,
     "twin-uniform": TwinUniform,
     "log-grid": LogGrid,
+    "twin-grid": TwinGrid,
     "power-of-two-factor": PowerOfTwoFactor,
 }
+
+
+INTEGER_QUANTIZERS = (Uniform, LogGrid, TwinGrid)
+"""The kinds that are an `IntegerQuantizer`: what export writes, and what learns."""
 
 
 def to_json(quantizer: Quantizer) -> dict[str, Any]:
