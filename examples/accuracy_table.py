@@ -4,7 +4,7 @@
 
 A cell is one recipe at one plan on one draw of calibration images. What exports is measured through onnxruntime, the rest as the
 fake-quantized graph. Each cell is written to FOLDER/cells.jsonl as soon as it is measured, and is not measured again; at the end the
-table of all that the file holds is printed: KL from the float model (nats per image), agreement and top-1 (percent), each with its spread
+tables of all that the file holds are printed: KL from the float model (nats per image), agreement and top-1 (percent), each with its spread
 over seeds (standard deviation) where there are several. The test images are held in memory, decoded once.
 """
 
@@ -28,6 +28,7 @@ from vitq.models import LoadedModel, load
 from vitq.onnx_file import export
 
 PLANS = ["uniform=8", "uniform=6", "uniform=4", "uniform=3", "uniform=2", "4.0", "3.0", "2.5"]
+FIGURES = {"kl": ("KL, nats per image", 4), "agreement": ("Agreement, %", 1), "top1": ("Top-1, %", 1)}
 EXPORTED = ("fast", "reconstruct", "fima-q")
 
 
@@ -58,7 +59,7 @@ def main() -> None:
                     cell = measured(model, found, images, test, outputs, recipe, plan, seed)
                     with cells.open("a") as file:
                         print(json.dumps(cell), file=file)
-    print(table(read(cells)))
+    print(tables(read(cells)))
 
 
 def profiled(folder: Path, model: LoadedModel, images: Images, seed: int) -> Profile:
@@ -95,25 +96,25 @@ def read(cells: Path) -> list[dict]:
     return [json.loads(line) for line in cells.read_text().splitlines()] if cells.exists() else []
 
 
-def table(cells: list[dict]) -> str:
-    """Markdown: a row a recipe, a column a plan, with KL / agreement / top-1."""
+def tables(cells: list[dict]) -> str:
+    """Markdown: a table a figure, a row a recipe, a column a plan."""
     plans = sorted({cell["plan"] for cell in cells}, key=lambda plan: PLANS.index(plan) if plan in PLANS else len(PLANS))
-    rows = [["recipe", *(plan.replace("=", " ") for plan in plans)], ["---"] * (len(plans) + 1)]
-    for recipe in RECIPES:
-        of_recipe = [[cell for cell in cells if (cell["recipe"], cell["plan"]) == (recipe, plan)] for plan in plans]
-        if any(of_recipe):
-            rows.append([f"`{recipe}`", *(entry(some) for some in of_recipe)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def entry(cells: list[dict]) -> str:
-    """The figures of one recipe at one plan."""
-    digits = {"kl": 4, "agreement": 1, "top1": 1}
-    return " / ".join(figure([cell[name] for cell in cells], places) for name, places in digits.items()) if cells else ""
+    heading = [["recipe", *(plan.replace("uniform=", "uniform ") for plan in plans)], ["---"] * (len(plans) + 1)]
+    found = []
+    for name, (title, places) in FIGURES.items():
+        rows = list(heading)
+        for recipe in RECIPES:
+            of_recipe = [[cell[name] for cell in cells if (cell["recipe"], cell["plan"]) == (recipe, plan)] for plan in plans]
+            if any(of_recipe):
+                rows.append([f"`{recipe}`", *(figure(values, places) for values in of_recipe)])
+        found.append(f"{title}:\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join(found)
 
 
 def figure(values: list[float], places: int) -> str:
     """The mean, with the spread of several."""
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{places}f}{spread}"
 

@@ -76,3 +76,33 @@ def test_a_latency_budget(tmp_path: Path) -> None:
     whole = json.loads((tmp_path / "latency-run" / "latency.json").read_text())["made_from"]["whole_ms"]
     assert predicted <= (whole["8"] + whole["below"]) / 2 + 0.001
     assert re.search(r"^latency-run/model.onnx\s+1\s+[\d.]+", said, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_table_of_accuracies(tmp_path: Path) -> None:
+    data = ROOT / "vitq" / "demo_data"
+    script = [
+        str(ROOT / "examples" / "accuracy_table.py"),
+        str(data / "vit_cifar10"),
+        str(data / "calibration.tar"),
+        str(data / "test.tar"),
+    ]
+    options = ["--num-images", "32", "--test-images", "100", "--plans", "uniform=8", "uniform=2", "--recipes", "fast", "--seeds"]
+
+    def run(*seeds: str) -> str:
+        command = [sys.executable, *script, str(tmp_path), *options, *seeds]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = run("0")
+    cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [(cell["recipe"], cell["plan"], cell["seed"]) for cell in cells] == [("fast", "uniform=8", 0), ("fast", "uniform=2", 0)]
+    assert 0 < 10 * cells[0]["kl"] < cells[1]["kl"]
+    assert f"| `fast` | {cells[0]['kl']:.4f} | {cells[1]['kl']:.4f} |" in first and "Top-1, %:" in first
+    doubled = [cell | {"seed": 1, "kl": cell["kl"] + 0.02} for cell in cells]  # measured already, as it seems
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.writelines(json.dumps(cell) + "\n" for cell in doubled)
+    assert f"| `fast` | {cells[0]['kl'] + 0.01:.4f} ± {0.02 / 2**0.5:.4f} | " in run("0")
