@@ -24,7 +24,7 @@ from vitq.checkpoint import Checkpoint
 from vitq.cli.calibrate import RECIPE_HELP
 from vitq.errors import InputError
 from vitq.fitting import FITS
-from vitq.fitting.inputs import InputMoments
+from vitq.fitting.inputs import InputPairs
 from vitq.fitting.output_error import refined_by_output, weight_by_output
 from vitq.fitting.percentile import percentile_channels, percentile_log_sqrt2, percentile_uniform, percentile_weights
 from vitq.fitting.search import as_scale
@@ -321,7 +321,9 @@ def test_erq_is_the_ridge_regression_of_the_float_output_on_what_is_read():
     x = torch.randn(200, 6, generator=generator) + 1
     read = x + 0.3 * torch.randn(200, 6, generator=generator)
     weight, bias = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
-    codes, moved = compensated_layer(weight, bias, InputMoments.of(x, read), 8, 0.0)
+    pairs = InputPairs()
+    pairs.add(x.double(), read.double())
+    codes, moved = compensated_layer(weight, bias, pairs, 8, 0.0)
     rows = np.concatenate([read.double().numpy(), np.ones((200, 1))], 1)
     wanted = np.linalg.lstsq(rows, (x @ weight.T + bias).double().numpy(), rcond=None)[0]
     assert np.allclose(codes.dequantize().double().numpy(), wanted[:6].T, atol=2 * float(codes.scale.max()))

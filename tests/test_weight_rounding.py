@@ -15,7 +15,7 @@ from vitq.calibration.rounding import beta_at, first_variables, fraction, penalt
 from vitq.fitting import compensation, fit_weights, input_covariances, observe
 from vitq.fitting.compensation import compensated
 from vitq.fitting.halves import halved, refined
-from vitq.fitting.inputs import InputMoments, InputPairs, ridged
+from vitq.fitting.inputs import InputPairs, ridged
 from vitq.fitting.ridge import absorbed
 from vitq.fitting.weights import InputSums
 from vitq.graph import tensor_of, values_at
@@ -207,15 +207,16 @@ def test_independent_inputs_leave_nearest_alone():
 def test_input_moments_are_numpys_however_batched(seed: int, batches: int):
     _, x = problem(seed, inputs=6, tokens=60)
     read = (x * 2).round() / 2 + 0.3
-    parts = [InputMoments.of(a.reshape(1, -1, 6), b.reshape(1, -1, 6)) for a, b in zip(x.chunk(batches), read.chunk(batches), strict=True)]
-    moments = sum(parts[1:], parts[0])
     together = np.cov(np.concatenate([read.double().numpy(), x.double().numpy()], 1).T, bias=True)
     size = np.abs(together).max()
-    assert np.allclose(moments.quantized_covariance.numpy(), together[:6, :6], atol=1e-9 * size)
-    assert np.allclose(moments.missing.numpy(), (together[:6, 6:] - together[:6, :6]), atol=1e-9 * size)
+    exact = InputPairs()
+    for a, b in zip(x.double().chunk(batches), read.double().chunk(batches), strict=True):
+        exact.add(a, b)
+    assert np.allclose(exact.covariance.numpy(), together[:6, :6], atol=1e-9 * size)
+    assert np.allclose(exact.missing.numpy(), (together[:6, 6:] - together[:6, :6]), atol=1e-9 * size)
     pairs = InputPairs()
     for a, b in zip(x.chunk(batches), read.chunk(batches), strict=True):
-        pairs.add(a.reshape(1, -1, 6), b.reshape(1, -1, 6))
+        pairs.add(a, b)
     assert np.allclose(pairs.covariance.numpy(), together[:6, :6], atol=1e-5 * size)
     assert np.allclose(pairs.float_covariance.numpy(), together[6:, 6:], atol=1e-5 * size)
     assert np.allclose(pairs.missing.numpy(), (together[:6, 6:] - together[:6, :6]), atol=1e-5 * size)
@@ -228,8 +229,10 @@ def test_input_moments_are_numpys_however_batched(seed: int, batches: int):
 def test_absorbed_weights_solve_the_ridge_regression():
     weight, x = problem(8, tokens=2_000)
     read = (x / x.std(0) * 1.5).round() / 1.5 * x.std(0)
-    moments = InputMoments.of(x, read)
-    found = absorbed(weight, moments.quantized_covariance, moments.missing, 0.02).double()
+    moments, same = InputPairs(), InputPairs()
+    moments.add(x.double(), read.double())
+    same.add(x.double(), x.double())
+    found = absorbed(weight, moments.covariance, moments.missing, 0.02).double()
     centred, seen = (value.double() - value.double().mean(0) for value in (x, read))
     strength = 0.02 * float(seen.square().mean())
     # rows of the inputs, then rows that draw each weight to its first value: plain least squares
@@ -241,9 +244,8 @@ def test_absorbed_weights_solve_the_ridge_regression():
         return float((seen @ candidate.T - centred @ weight.T.double()).square().sum())
 
     assert error(found) < 0.9 * error(weight.double())
-    assert torch.allclose(absorbed(weight, moments.quantized_covariance, moments.missing, 1e12), weight, atol=1e-6)
-    same = InputMoments.of(x, x)
-    assert torch.allclose(absorbed(weight, same.quantized_covariance, same.missing), weight, atol=1e-6)
+    assert torch.allclose(absorbed(weight, moments.covariance, moments.missing, 1e12), weight, atol=1e-6)
+    assert torch.allclose(absorbed(weight, same.covariance, same.missing), weight, atol=1e-6)
 
 
 # AdaRound

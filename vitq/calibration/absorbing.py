@@ -24,7 +24,7 @@ from vitq.calibration.channelwise import quantized_inputs
 from vitq.calibration.ticks import tick
 from vitq.fitting import fit_weights
 from vitq.fitting.compensation import compensated
-from vitq.fitting.inputs import InputPairs
+from vitq.fitting.inputs import InputPairs, some_rows
 from vitq.fitting.ridge import absorbed
 from vitq.graph import Graph, advance, start, tensor_of
 from vitq.graph.layers import operand_nodes
@@ -93,7 +93,7 @@ def absorb(
             return compute(*read, weights[layer.name].dequantize(), *arguments[2:])
         node = reads[layer.name]
         if first_reader[node] == layer.name:
-            pairs[node].add(read_in_float.pop(node), read[0])
+            pairs[node].add(some_rows(read_in_float.pop(node)), some_rows(read[0]))
         if fitting:
             fit(layer)
         weight = weights[layer.name].dequantize()

@@ -23,7 +23,7 @@ from vitq.calibration.channelwise import fold_channelwise, quantized_inputs
 from vitq.calibration.ticks import tick
 from vitq.checkpoint import Checkpoint
 from vitq.fitting.halves import halved
-from vitq.fitting.inputs import InputMoments
+from vitq.fitting.inputs import InputPairs
 from vitq.fitting.percentile import percentile_weights
 from vitq.fitting.ridge import absorbed
 from vitq.graph import Graph, advance, start
@@ -73,8 +73,9 @@ def calibrate_erq(
             weight, bias, bits = arguments[1], arguments[2], plan.bits[layer.name].weight_bits
             assert bits is not None
             if layer.op == "linear":
-                moments = InputMoments.of(read_in_float.pop(layer.name), read[0])
-                weights[layer.name], biases[layer.name] = compensated_layer(weight, bias, moments, bits, ridge, symmetric)
+                pairs = InputPairs()
+                pairs.add(*(x.flatten(0, -2).double() for x in (read_in_float.pop(layer.name), read[0])))
+                weights[layer.name], biases[layer.name] = compensated_layer(weight, bias, pairs, bits, ridge, symmetric)
             else:
                 weights[layer.name] = quantize_weight(weight, *percentile_weights(weight, bits, symmetric), bits)
             return compute(*read, weights[layer.name].dequantize(), biases.get(layer.name, bias), *arguments[3:])
@@ -92,11 +93,10 @@ def calibrate_erq(
 
 
 def compensated_layer(
-    weight: Tensor, bias: Tensor, moments: InputMoments, bits: int, ridge: float, symmetric: bool = False
+    weight: Tensor, bias: Tensor, pairs: InputPairs, bits: int, ridge: float, symmetric: bool = False
 ) -> tuple[QuantizedWeight, Tensor]:
-    """The codes of a linear's weight (O, I) and its bias (O,) for inputs of these moments."""
-    mean, read_mean = (total / moments.count for total in (moments.total, moments.quantized_total))
-    absorbing = absorbed(weight, moments.quantized_covariance, moments.missing, ridge)
-    moved = bias.double() + weight.double() @ mean - absorbing.double() @ read_mean
-    second_moment = moments.quantized_squares / moments.count  # mu mu^T + Sigma
+    """The codes of a linear's weight (O, I) and its bias (O,) for inputs of these moments, float64."""
+    absorbing = absorbed(weight, pairs.covariance, pairs.missing, ridge)
+    moved = bias.double() + weight.double() @ pairs.mean - absorbing.double() @ pairs.quantized_mean
+    second_moment = torch.outer(pairs.quantized_mean, pairs.quantized_mean) + pairs.covariance  # mu mu^T + Sigma
     return halved(absorbing, second_moment, *percentile_weights(absorbing, bits, symmetric), bits, ridge), moved.float()

@@ -6,7 +6,6 @@ They are centred, m and m^ the means: calibration gives every output channel its
 costs what it makes of the inputs' spread alone.
 """
 
-from dataclasses import dataclass
 from math import gcd
 
 import torch
@@ -17,53 +16,14 @@ from vitq.moments import Moments
 _ROWS = 2048  # tokens of a batch that sums are taken from
 
 
-@dataclass(frozen=True)
-class InputMoments:
-    """Sums over tokens of both networks' inputs and of their products: float64 (I,), (I,), (I, I), (I, I)."""
-
-    count: int
-    total: Tensor
-    quantized_total: Tensor
-    quantized_squares: Tensor
-    products: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, quantized: Tensor) -> "InputMoments":
-        """The moments of inputs (..., I) in the float and in the quantized network."""
-        rows, read = (value.reshape(-1, value.shape[-1]).double() for value in (x, quantized))
-        return cls(len(rows), rows.sum(0), read.sum(0), read.T @ read, read.T @ rows)
-
-    def __add__(self, other: "InputMoments") -> "InputMoments":
-        """The moments of both batches together."""
-        return InputMoments(
-            self.count + other.count,
-            self.total + other.total,
-            self.quantized_total + other.quantized_total,
-            self.quantized_squares + other.quantized_squares,
-            self.products + other.products,
-        )
-
-    @property
-    def quantized_covariance(self) -> Tensor:
-        """S of the module's equations."""
-        mean = self.quantized_total / self.count
-        return self.quantized_squares / self.count - torch.outer(mean, mean)
-
-    @property
-    def missing(self) -> Tensor:
-        """C - S of the module's equations, rows of the quantized network's inputs."""
-        return self.products / self.count - torch.outer(self.quantized_total, self.total) / self.count**2 - self.quantized_covariance
-
-
 class InputPairs:
-    """The same from sums that take float32's room: of rows about their batch's mean, which a large mean leaves their digits."""
+    """Sums of rows about their batch's mean, which a large mean leaves their digits."""
 
     def __init__(self) -> None:
         self.count = 0
 
-    def add(self, x: Tensor, quantized: Tensor) -> None:
-        """Takes in one batch of inputs (..., I) in the float and in the quantized network."""
-        rows, read = some_rows(x), some_rows(quantized)
+    def add(self, rows: Tensor, read: Tensor) -> None:
+        """Takes in one batch of inputs (tokens, I) in the float and in the quantized network; sums are of their dtype."""
         count, mean, quantized_mean = len(rows), rows.mean(0), read.mean(0)
         rows, read = rows - mean, read - quantized_mean
         floats = rows.T @ rows
@@ -83,17 +43,17 @@ class InputPairs:
 
     @property
     def covariance(self) -> Tensor:
-        """S of the module's equations, float32."""
+        """S of the module's equations."""
         return self._squares / self.count
 
     @property
     def float_covariance(self) -> Tensor:
-        """The covariance of x, float32."""
+        """The covariance of x."""
         return self._floats / self.count
 
     @property
     def missing(self) -> Tensor:
-        """C - S of the module's equations, float32: what x^ lacks of x."""
+        """C - S of the module's equations: what x^ lacks of x."""
         return self._missing / self.count
 
     def output(self, weight: Tensor) -> Moments:

@@ -20,8 +20,8 @@ def absorbed(weight: Tensor, second_moment: Tensor, missing: Tensor, ridge: floa
 
     Args:
         weight: (O, I) float32.
-        second_moment: S, (I, I) (`InputMoments.quantized_covariance`).
-        missing: C - S, (I, I), rows of the quantized network's inputs (`InputMoments.missing`).
+        second_moment: S, (I, I) (`InputPairs.covariance`).
+        missing: C - S, (I, I), rows of the quantized network's inputs (`InputPairs.missing`).
         ridge: lambda, in units of the inputs' mean square.
     """
     change = torch.linalg.solve(ridged(second_moment, ridge), missing.double() @ weight.T.double())
