@@ -96,18 +96,21 @@ def test_an_estimate_of_disk_is_the_file(session: Path):
 
 
 def test_what_holds_all_images_grows_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By a clock and a memory that only the work moves: 5 s and 3 s an image, 1000 bytes and 20 an image, none of them forgotten."""
+    """By a clock and a memory that only the work moves: 5 s and 3 s an image; 20 bytes an image and more that the few of a trial hide."""
     now, peak = [100.0], [500]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(child, "peak_memory", lambda: peak[0])
+    monkeypatch.setattr(child, "present_memory", lambda: 400)
     make_images(tmp_path / "images")
     config = load(str(make_model(tmp_path / "model"))).data_config
     fewer, more = (open_images(tmp_path / "images", config, count) for count in (8, 16))
 
-    def work(images: Images, folder: Path) -> None:
+    def work(images: Images, folder: Path) -> list[float]:
         now[0] += 5 + 3 * images.num_listed
-        peak[0] = 1000 + 20 * images.num_listed
+        peak[0] = 2000
         (folder / "made").write_bytes(b"12345")
+        return [500, 30 + 20 * images.num_listed, 9 * images.num_listed]  # the second is the most of many images, not of few
 
     found = tried_twice(Terminal(True, False, False), work, fewer, more, 100, started=93.0)
-    assert found == {"num_images": 100, "seconds": 7 + 5 + 3 * 100, "memory_bytes": 1000 + 20 * 100, "disk_bytes": 5}
+    assert found == {"num_images": 100, "seconds": 7 + 5 + 3 * 100, "memory_bytes": 400 + 30 + 20 * 100, "disk_bytes": 5}
+    assert tried_twice(Terminal(True, False, False), work, fewer, more, 20, started=93.0)["memory_bytes"] == 2000
