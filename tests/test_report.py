@@ -464,6 +464,14 @@ def test_a_model_with_other_weights_is_said_to_be(session: Path):
     assert "not those" not in vitq("report", "--force", "--model", "same", folder=session).err
 
 
+def test_options_for_the_close_up_are_refused_where_nothing_is_calibrated(session: Path):
+    only(session, "profile.json", "plan.json")
+    for option in ("--model", "--images"):
+        found = vitq("report", option, session / "model" if option == "--model" else session / "images", "--force", folder=session)
+        assert found.code == 2, found.err
+        assert f"{option} would change nothing" in found.err and f"run `vitq calibrate` first, or leave {option} out" in found.err
+
+
 def test_without_images_or_model_the_close_up_says_so(session: Path):
     shutil.move(session / "images", session / "moved")
     page = reported(session)

@@ -5,8 +5,8 @@
 What does not depend on the number of images (loading, fitting, solving, writing) is done in full, so a dry run takes a while itself: as
 long as the command does on two batches. A first batch is slower than those that follow, so the last one counts. Memory is the most that
 this process ever held: images come batch by batch, more of them need no more of it. Work that holds all its images at once is tried on
-two numbers of them, and time goes on as a line through both; so do the bytes that each part's tensors hold, since on few images the memory of
-the process shows what does not grow, and what the allocator keeps. Disk is what the trial wrote.
+two numbers of them, and time goes on as a line through both; so do the bytes that each part's tensors hold, since on few images the
+memory of the process shows what does not grow, and what the allocator keeps. Disk is what the trial wrote.
 """
 
 import tempfile

@@ -72,6 +72,13 @@ def report(
     folder = folder.parent if folder.is_file() else folder
     _refuse_empty(folder)
     refuse_missing_sources(model, images)
+    if not (folder / CHECKPOINT).is_file() and (
+        unused := [f"--{name}" for name, at in (("model", model), ("images", images)) if at is not None]
+    ):
+        remedy = f"run `{in_run('vitq calibrate', folder)}` first, or leave {' and '.join(unused)} out"
+        raise UsageError(
+            f"{' and '.join(unused)} would change nothing: layers are drawn from {folder / CHECKPOINT}, which is missing; {remedy}"
+        )
     path = output_path(output, folder, REPORT, force)
     started = time.perf_counter()
     with terminal.waiting("report"):
