@@ -216,6 +216,8 @@ def test_an_output_that_is_a_folder(session: Path):
         (("profile", "model", "--images", "images", "--force", "--model-kwargs", "depth"), "give key=value"),
         (("profile", "model", "--images", "images", "--force", "--device", "abacus"), "--device 'abacus' cannot be used here"),
         (("finetune", "--images", "images", "--aa", "rand-x9"), "--aa 'rand-x9' is no policy of timm's; give rand-m9-mstd0.5 or the like"),
+        (("finetune", "--images", "images", "--aa", "rand-mX"), "--aa 'rand-mX' is no policy of timm's; give rand-m9-mstd0.5 or the like"),
+        (("finetune", "--images", "images", "--aa", "rand-m9-n"), "--aa 'rand-m9-n' is no policy of timm's"),
         (("calibrate", "--force", "--recipe", "soup"), "recipe 'soup' is not known; give one of fast"),
         (("export", "--force", "--storage", "attic"), "storage 'attic' is not known; give one of packed"),
         (("export", "--force", "--opset", 20), "--opset"),

@@ -95,6 +95,12 @@ def cells(said: str, title: str) -> dict[str, dict[str, str]]:
     return {block: dict(zip(columns, values, strict=True)) for block, values in rows.items()}
 
 
+def test_small_costs_are_in_figures_in_the_table_of_layers_too():
+    rows = [row | {"kl": kl, "sqnr": 20.0} for row, kl in zip(layer_rows(LAYERS), (0.0123456, 0.00000123, 0.0), strict=False)]
+    (kl,) = (column for column in layer_table(rows).columns if column.header == "KL")
+    assert [cell for cell in kl.cells if cell][: len(rows)] == ["0.0123", "1.2e-06", "0.0000"][: len(rows)]
+
+
 def test_allocate_ends_with_a_map_of_the_bits(run: Path, found: Profile):
     for option, chosen in (("--budget", allocate(found, ["4.0"])), ("--uniform", allocate(found, uniform="4"))):
         done = vitq("allocate", run / "profile.json", option, "4.0" if option == "--budget" else "4", "--force")

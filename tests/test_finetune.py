@@ -435,6 +435,17 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
     ):
         with pytest.raises(UsageError, match=text):
             finetune(start, model, unlabelled, training_with(**changes), tmp_path / "state")
+    for policy in (
+        "rand-m9-mstd0.5",
+        "rand-m9-mstd0.5-inc1",
+        "rand-n2-p0.5",
+        "augmix-m5-w4-d2",
+        "original-mstd0.5",
+        "3a",
+        "rand",
+        "rand-mmax10",
+    ):
+        Augmentation(aa=policy).check()
     with pytest.raises(UsageError, match="3 processes cannot share batches of 8 images; give --batch-size a multiple of 3"):
         TrainingImages(unlabelled, range(20), Augmentation(), 8, 0, share=(0, 3))
 

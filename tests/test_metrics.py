@@ -59,6 +59,15 @@ def table_of(metric: str) -> CostTable:
     return METRICS[metric](subject_of())
 
 
+@pytest.mark.parametrize(("metric", "visits"), [("output-fisher", 2), ("hawq-v2", 1)])
+def test_progress_moves_layer_by_layer_within_a_batch(metric: str, visits: int):
+    """Two batches of four images: a report a layer and backward pass, evenly over the images."""
+    told: list[float] = []
+    subject = replace(subject_of(), progress=told.append)
+    METRICS[metric](subject)
+    assert told == pytest.approx(np.linspace(0, 8, 2 * visits * len(subject.graph.layers), endpoint=False))
+
+
 def weight_of(subject: Subject, layer: Layer) -> Tensor:
     return tensor_of(subject.graph.module, operand_nodes(subject.graph.layer_node(layer.name))[1])
 

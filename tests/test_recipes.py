@@ -15,7 +15,7 @@ from test_calibration import in_batches, plan_for
 
 from vitq import checkpoint as checkpoints
 from vitq.affine import quantize_weight, weight_qparams
-from vitq.calibration import LEARNING, RECIPES
+from vitq.calibration import AT_ONCE, LEARNING, RECIPES, Held
 from vitq.calibration.channelwise import Channels, fold_channelwise, output_error
 from vitq.calibration.erq import compensated_layer
 from vitq.calibration.mix_qvit import CLIPS, calibrate_mix_qvit, clipped, readers_error
@@ -40,6 +40,35 @@ PAPERS = sorted(set(RECIPES) - {"reconstruct", "fast"})  # the other two have te
 @pytest.fixture(scope="module")
 def graph() -> Graph:
     return rewrite(captured("vit")[1])
+
+
+def test_held_counts_bytes_that_something_refers_to():
+    before = torch.ones(1000)
+    with Held() as held:
+        doubled = before * 2
+        view = doubled[:10]
+        assert (held.now, held.most) == (4000, 4000)
+        ordered = before.sort().values  # beside them the indices, 8 bytes each
+        assert (held.now, held.most) == (8000, 16_000)
+        del doubled, ordered
+        assert held.now == 4000  # the view
+        before.add_(1)
+        del view
+    assert (held.now, held.most) == (0, 16_000)
+
+
+@pytest.mark.parametrize("recipe", ["repq-vit", "ptq4vit"])
+def test_each_part_of_a_recipe_holds_more_by_a_line(graph: Graph, recipe: str):
+    """What `--dry-run` draws out. ptq4vit holds most by the gradients of a batch where images are few, by all images where many."""
+    assert recipe in AT_ONCE
+    parts, most = {}, {}
+    for count in (32, 64, 192):
+        with Held() as held:
+            RECIPES[recipe](graph, plan_for(graph, "vit"), in_batches(images(count, 32), 32), progress=held.part)
+        parts[count] = [*held.parts, held.most]
+        most[count] = max(parts[count])
+    assert len(parts[32]) == len(parts[64]) > len(graph.layers)
+    assert max(b + 4 * (b - a) for a, b in zip(parts[32], parts[64], strict=True)) == pytest.approx(most[192], rel=0.05)
 
 
 # What every recipe promises

@@ -14,9 +14,11 @@ from torch import Tensor
 from vitq import checkpoint as checkpoints
 from vitq.affine import quantize_dequantize, weight_codes
 from vitq.calibration import reconstruct
+from vitq.calibration.attribution import attribute
 from vitq.calibration.errors import block_error, weights_of_errors
 from vitq.calibration.estimate import estimate
 from vitq.calibration.fast import fit_fast
+from vitq.calibration.held import Held
 from vitq.calibration.learned import learned_activation, learned_log_grid, learned_twin_grid, learned_weight, straight_through
 from vitq.calibration.learning import Learning
 from vitq.calibration.reconstruct import calibrate_reconstruct, held_out, held_out_loss
@@ -403,6 +405,16 @@ def test_an_estimate_counts_images_in_disk_alone():
     small, large = (estimate(graph, fast.plan, count, Learning()) for count in (100, 1_000))
     assert large.memory_bytes == small.memory_bytes and 5 < large.disk_bytes / small.disk_bytes <= 10
     assert large.seconds > 0
+
+
+def test_an_estimate_of_memory_covers_what_the_layers_costs_take():
+    """They are found behind the learning, by gradients of the whole network on whole batches; a third and more is for the allocator."""
+    graph, _, fast = start_of()
+    said = {size: estimate(graph, fast.plan, 128, Learning(batch_size=1), size).memory_bytes for size in (32, 64)}
+    for size, memory in said.items():
+        with Held() as held:
+            attribute(fast, in_batches(images(64, 32), size))
+        assert 1.1 * held.most < memory < 2.5 * held.most
 
 
 # Faults

@@ -28,6 +28,7 @@ from vitq.ranges import BINS
 from vitq.report import close_ups
 from vitq.report.findings import Bars
 from vitq.report.pictures import Axis, outline
+from vitq.report.places import shown
 from vitq.rewrites import prepare
 
 VOID = {"meta", "br"}
@@ -322,6 +323,39 @@ def test_a_folder_of_another_name_is_in_every_command(session: Path):
     assert vitq("report", "my run", "--run-dir", "other", folder=session).code == 2
 
 
+def test_whole_paths_stay_on_the_machine(session: Path, tmp_path: Path):
+    """Model, images, run folder and files given by whole paths: below the run folder's parent shown from there, else by two parts."""
+    run = session / "vitq-run"
+    only(session, "profile.json", "plan.json", "evaluate.json")
+    for name in ("profile.json", "plan.json"):
+        document = json.loads((run / name).read_text())
+        document["made_from"] |= {
+            "model": document["made_from"]["model"] | {"source": str(session / "model")},
+            "images": document["made_from"]["images"] | {"source": "/home/secret/set/it's train"},
+        }
+        (run / name).write_text(json.dumps(document))
+    measured = json.loads((run / "evaluate.json").read_text())
+    (run / "evaluate.json").write_text(json.dumps({str(run / name): found for name, found in measured.items()}))
+    done = vitq("report", run, "--force", "--json", folder=session)
+    assert done.code == 0, done.err
+    text = html.unescape((run / "report.html").read_text(encoding="utf-8"))
+    assert str(tmp_path) not in text and "secret" not in text
+    assert "vitq profile model --images '…/set/it" in text and "…/set/it's train" in text
+    assert all(str(run) in part["command"] for part in done.document["left_out"])  # the terminal's commands run here
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/home/me/work/model", "model"),
+        ("/home/me/work/vitq-run/model.onnx", "vitq-run/model.onnx"),
+        ("/data/cifar10/train.tar", "…/cifar10/train.tar"),
+    ],
+)
+def test_a_path_is_shown_from_the_run_folders_parent_or_by_two_parts(path: str, said: str):
+    assert shown(path, Path("/home/me/work/vitq-run")) == said
+
+
 def test_nothing_to_report(tmp_path: Path):
     missing = vitq("report", folder=tmp_path)
     (tmp_path / "empty").mkdir()
@@ -462,6 +496,14 @@ def test_a_model_with_other_weights_is_said_to_be(session: Path):
     assert other in done.err and other in (session / "vitq-run" / "report.html").read_text(encoding="utf-8")
     shutil.copytree(session / "model", session / "same")
     assert "not those" not in vitq("report", "--force", "--model", "same", folder=session).err
+
+
+def test_options_for_the_close_up_are_refused_where_nothing_is_calibrated(session: Path):
+    only(session, "profile.json", "plan.json")
+    for option in ("--model", "--images"):
+        found = vitq("report", option, session / "model" if option == "--model" else session / "images", "--force", folder=session)
+        assert found.code == 2, found.err
+        assert f"{option} would change nothing" in found.err and f"run `vitq calibrate` first, or leave {option} out" in found.err
 
 
 def test_without_images_or_model_the_close_up_says_so(session: Path):

@@ -9,6 +9,7 @@ Left out: what is preprocessed already (float32 in an images.safetensors) is use
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ class Augmentation:
         Raises:
             UsageError: timm does not take these options.
         """
+        if self.aa is not None and not _POLICY.fullmatch(self.aa):  # timm leaves out what it does not know, or stops with an assertion
+            raise UsageError(f"--aa {self.aa!r} is no policy of timm's; {_POLICIES}, or leave it out")
         try:
             return create_transform(
                 input_size=tuple(data_config["input_size"]),
@@ -71,6 +74,10 @@ class Augmentation:
             raise UsageError(f"--aa {self.aa!r} is no policy of timm's; {_POLICIES}, or leave it out") from None
 
 
+_NUMBER = r"\d+(\.\d*)?"
+_POLICY = re.compile(
+    rf"rand(-((m|n|mstd|mmax|inc|p){_NUMBER}|t[a-z]*))*|augmix(-(m|w|d|a|b|mstd){_NUMBER})*|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
+)
 _POLICIES = "give rand-m9-mstd0.5 or the like, augmix-m5-w4-d2 or the like, or one of original, originalr, v0, v0r, 3a"
 
 

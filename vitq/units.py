@@ -16,7 +16,7 @@ def in_decimals(value: float) -> str:
 
 def counted(number: int, noun: str) -> str:
     """How many there are: (1, "image") -> "1 image", (3, "class") -> "3 classes"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
 def in_minutes(seconds: float) -> str:

@@ -46,15 +46,25 @@ def peak_memory() -> int | None:
     Linux: VmHWM, which starts anew with the program; getrusage's maximum would be that of the process that started this one where that
     is larger.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
     if sys.platform == "darwin":
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _of_status("VmHWM:")
+
+
+def present_memory() -> int | None:
+    """The bytes that this process holds in memory now; where only the most is known, that."""
+    return _of_status("VmRSS:") or peak_memory()
+
+
+def _of_status(name: str) -> int | None:
+    """Bytes of this process as Linux has them under a name."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
     return None
 
 

@@ -1,6 +1,7 @@
 """Recipes: from a plan and images to a calibrated checkpoint. One file each, one line of `RECIPES` each."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,11 +10,12 @@ from vitq.calibration.adalog import calibrate_adalog
 from vitq.calibration.attribution import LayerError, attribute
 from vitq.calibration.blocks import Progress
 from vitq.calibration.erq import calibrate_erq
-from vitq.calibration.estimate import Estimate, estimate
+from vitq.calibration.estimate import HELD_AT_ONCE, Estimate, estimate
 from vitq.calibration.fast import calibrate_fast
 from vitq.calibration.fima_q import LEARNING as FIMA_Q_LEARNING
 from vitq.calibration.fima_q import calibrate_fima_q
 from vitq.calibration.fq_vit import calibrate_fq_vit
+from vitq.calibration.held import Held
 from vitq.calibration.learning import Learning
 from vitq.calibration.mix_qvit import calibrate_mix_qvit
 from vitq.calibration.ptq4vit import calibrate_ptq4vit
@@ -29,9 +31,11 @@ from vitq.rewrites import prepare
 
 __all__ = [
     "AT_ONCE",
+    "HELD_AT_ONCE",
     "LEARNING",
     "RECIPES",
     "Estimate",
+    "Held",
     "LayerError",
     "Learning",
     "Progress",
@@ -69,6 +73,7 @@ def calibrate(
     symmetric: bool = False,
     learning: Learning | None = None,
     progress: Progress | None = None,
+    held: Held | None = None,
 ) -> Checkpoint:
     """Fits the quantizers of a plan to a model.
 
@@ -81,6 +86,7 @@ def calibrate(
         symmetric: weights without zero points, which `--storage standard` needs; costs accuracy below 7 bits.
         learning: for the recipes of `LEARNING`: iterations, seed, scratch folder.
         progress: is told how far it is, between the passes over the images.
+        held: counts what the recipe holds, before the layers' costs are found.
 
     Raises:
         UsageError: an unknown recipe, or one that does not learn given how to.
@@ -92,7 +98,8 @@ def calibrate(
         raise UsageError(f"recipe {recipe!r} has no iterations; give recipe {' or '.join(LEARNING)}")
     graph = _graph(model, plan, device)
     options: dict[str, Any] = {"progress": progress} | ({"learning": learning or LEARNING[recipe]} if recipe in LEARNING else {})
-    checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric, **options)
+    with held or nullcontext():
+        checkpoint = RECIPES[recipe](graph, plan, images, symmetric=symmetric, **options)
     errors = {name: asdict(error) for name, error in attribute(checkpoint, images).items()}
     calibrated_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
     calibration: dict[str, Any] = {"recipe": recipe, "images": calibrated_on} | ({"symmetric": True} if symmetric else {})
@@ -102,8 +109,9 @@ def calibrate(
 
 
 def expected(model: LoadedModel, plan: BitPlan, images: Images, device: str = "cpu", learning: Learning | None = None) -> Estimate:
-    """What recipe `reconstruct` would take; raises InputError where the plan is for another model or graph."""
-    return estimate(_graph(model, plan, device), plan, images.num_listed, learning or Learning())
+    """What a recipe that learns would take; raises InputError where the plan is for another model or graph."""
+    first, _ = next(iter(images))
+    return estimate(_graph(model, plan, device), plan, images.num_listed, learning or Learning(), len(first))
 
 
 def _graph(model: LoadedModel, plan: BitPlan, device: str) -> Graph:

@@ -88,12 +88,14 @@ def calibrate(
     path = output_path(output, folder, CHECKPOINT, force or dry_run)
     memory = plan_memory(chosen, source)
     options.usable_device(device)
-    from vitq.calibration import AT_ONCE, discard, expected
+    from vitq.bench.child import present_memory
+    from vitq.calibration import AT_ONCE, HELD_AT_ONCE, Held, discard, expected
     from vitq.calibration import LEARNING as DEFAULTS
     from vitq.calibration import calibrate as fit
     from vitq.calibration.attribution import IMAGES as ATTRIBUTED
     from vitq.checkpoint import save
     from vitq.quantizers import INTEGER_QUANTIZERS
+    from vitq.rewrites import prepare
 
     started = time.perf_counter()
     reading = Reading(images, num_images, seed, batch_size, workers)
@@ -109,16 +111,21 @@ def calibrate(
         scratch, default = path.with_name(f".{path.stem}.scratch"), DEFAULTS[recipe]
         learning = replace(default, iterations=iterations or default.iterations, seed=remembered.seed, scratch=scratch, keep_scratch=True)
     if dry_run:
+        prepare(loaded, device)  # what capturing loads stays loaded, and is not the recipe's
         if learning is not None:  # steps on blocks, not passes over images: from the time of one pass
+            present = present_memory()
             found = {"num_images": opened.num_listed} | asdict(expected(loaded, chosen, opened, device, learning))
+            found["memory_bytes"] = None if present is None else present + found["memory_bytes"]
         else:
             few = min(trial_size(batch_size, ATTRIBUTED), opened.num_listed)
 
             def sample(count: int) -> "Images":
                 return memory.images(replace(reading, num_images=count), loaded.data_config, loaded.label_names)[0]
 
-            def work(images: "Images", folder: Path) -> None:
-                save(fit(loaded, chosen, images, recipe, device, symmetric), folder / CHECKPOINT)
+            def work(images: "Images", folder: Path) -> list[float]:
+                held = Held() if recipe in AT_ONCE else None
+                save(fit(loaded, chosen, images, recipe, device, symmetric, None, held and held.part, held), folder / CHECKPOINT)
+                return [HELD_AT_ONCE * most for most in (*held.parts, held.most)] if held else []
 
             if recipe in AT_ONCE and opened.num_listed > 2 * few:
                 found = tried_twice(terminal, work, sample(few), sample(2 * few), opened.num_listed, started)

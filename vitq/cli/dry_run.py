@@ -5,11 +5,10 @@
 What does not depend on the number of images (loading, fitting, solving, writing) is done in full, so a dry run takes a while itself: as
 long as the command does on two batches. A first batch is slower than those that follow, so the last one counts. Memory is the most that
 this process ever held: images come batch by batch, more of them need no more of it. Work that holds all its images at once is tried on
-two numbers of them, and time and memory go on as a line through both. Disk is what the trial wrote.
+two numbers of them, and time goes on as a line through both; so do the bytes that each part's tensors hold, since on few images the
+memory of the process shows what does not grow, and what the allocator keeps. Disk is what the trial wrote.
 """
 
-import contextlib
-import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -51,28 +50,40 @@ def tried(terminal: Terminal, work: Callable[[Path], Any], images: "Images", num
 
 
 def tried_twice(
-    terminal: Terminal, work: "Callable[[Images, Path], Any]", fewer: "Images", more: "Images", num_images: int, started: float
+    terminal: Terminal, work: "Callable[[Images, Path], list[float]]", fewer: "Images", more: "Images", num_images: int, started: float
 ) -> dict[str, Any]:
-    """As `tried`, for work that holds all its images at once: time and memory grow on as they do from fewer images to more."""
-    from vitq.bench.child import peak_memory
+    """As `tried`, for work that holds all its images at once: time and memory grow on as they do from fewer images to more.
 
-    before, prepared = peak_memory(), time.perf_counter() - started
-    first, second = (_fresh_trial(terminal, work, images) for images in (fewer, more))
-    found = {"num_images": num_images} | second
-    for name in ("seconds", "memory_bytes"):
-        if second[name] is not None:
-            each = max(second[name] - first[name], 0) / (more.num_listed - fewer.num_listed)
-            found[name] = second[name] + each * (num_images - more.num_listed)
-    memory = None if before is None else max(before, round(found["memory_bytes"]))
-    return found | {"seconds": prepared + found["seconds"], "memory_bytes": memory}
+    Args:
+        terminal: where it says that it goes on.
+        work: goes through images and writes into the folder; gives the most bytes that each part of it takes, as many parts each time.
+        fewer: images of the first trial.
+        more: images of the second one.
+        num_images: those of the whole command.
+        started: when the command started, by `time.perf_counter`.
+    """
+    from vitq.bench.child import peak_memory, present_memory
 
+    present, prepared = present_memory(), time.perf_counter() - started
+    seconds, disk = [], 0
+    taken: list[list[float]] = []
+    for images in (fewer, more):
+        found = trial(
+            terminal,
+            lambda folder, images=images: taken.append(work(images, folder)),
+            counted(images.num_listed, "image"),
+            time.perf_counter(),
+        )
+        seconds.append(found["seconds"])
+        disk = found["disk_bytes"]
 
-def _fresh_trial(terminal: Terminal, work: "Callable[[Images, Path], Any]", images: "Images") -> dict[str, Any]:
-    """A trial whose memory is its own most, where the system forgets earlier ones (Linux)."""
-    gc.collect()  # graphs refer to themselves, and would keep their tensors
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return trial(terminal, lambda folder: work(images, folder), counted(images.num_listed, "image"), time.perf_counter())
+    def drawn_out(first: float, second: float) -> float:
+        each = max(second - first, 0) / (more.num_listed - fewer.num_listed)
+        return second + each * (num_images - more.num_listed)
+
+    most = peak_memory()  # what does not grow is most where images are few
+    memory = None if present is None or most is None else max(most, present + round(max(map(drawn_out, *taken))))
+    return {"num_images": num_images, "seconds": prepared + drawn_out(*seconds), "memory_bytes": memory, "disk_bytes": disk}
 
 
 def trial(terminal: Terminal, work: Callable[[Path], Any], on: str, started: float) -> dict[str, Any]:

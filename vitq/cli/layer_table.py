@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vitq.units import in_units
+from vitq.units import in_decimals, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +97,7 @@ def _cell(key: str, value: Any) -> str:
     if value is None or (key == "parameters" and not value):
         return "-"
     if isinstance(value, float):
-        return f"{value:.1f}" if key == "sqnr" else f"{value:.5f}"
+        return f"{value:.1f}" if key == "sqnr" else in_decimals(value)
     if key == "operands":
         roles = [str(operand["role"]) for operand in value if operand["role"] != "weight"]
         return " x ".join(_SHORT.get(role, role) for role in roles)

@@ -72,6 +72,13 @@ def report(
     folder = folder.parent if folder.is_file() else folder
     _refuse_empty(folder)
     refuse_missing_sources(model, images)
+    if not (folder / CHECKPOINT).is_file() and (
+        unused := [f"--{name}" for name, at in (("model", model), ("images", images)) if at is not None]
+    ):
+        remedy = f"run `{in_run('vitq calibrate', folder)}` first, or leave {' and '.join(unused)} out"
+        raise UsageError(
+            f"{' and '.join(unused)} would change nothing: layers are drawn from {folder / CHECKPOINT}, which is missing; {remedy}"
+        )
     path = output_path(output, folder, REPORT, force)
     started = time.perf_counter()
     with terminal.waiting("report"):
@@ -106,11 +113,12 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
     Raises:
         InputError: an artifact is damaged, or the file cannot be written.
     """
-    from vitq.report import page
+    from vitq.report import page, without_places
     from vitq.whole import write_whole
 
     found = _with_close_ups(_read(folder), folder, model, images)
-    html, sections, lacking = page(found)
+    html, sections, _ = page(without_places(found))
+    lacking = page(found)[2]  # the terminal's commands are for here
     # A path may hold bytes that are no text.
     write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="backslashreplace"))
     left_out = [{"title": title, "command": part.command, "why": part.why} for title, part in lacking]

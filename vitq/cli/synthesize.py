@@ -1,5 +1,6 @@
 """`vitq synthesize`: images made from the model alone, into images.safetensors."""
 
+import math
 import shlex
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def synthesize(
     from vitq.cli.sources import ModelSource
     from vitq.images import write_png
     from vitq.models import load
-    from vitq.synthesize import framed, save, sheet
+    from vitq.synthesize import framed, refuse_too_short, save, sheet
     from vitq.synthesize import synthesize as make
     from vitq.whole import refuse_existing
 
@@ -81,10 +82,11 @@ def synthesize(
             save(framed(made.pictures, loaded.data_config), made.labels, {}, folder / IMAGES)
 
         found = trial(terminal, work, f"{_TRIED} steps", started)
-        batches = num_images / min(batch_size, num_images)
+        few = min(batch_size, num_images)
+        batches = num_images / few
         each = told[-1] - told[-2] if len(told) > 1 else 0.0
-        least = found["seconds"] + each * (batches - 1)  # every batch gets one step, whatever the time
-        seconds = min(found["seconds"] + each * (iterations * batches - len(told)), max(60 * max_minutes, least))
+        refuse_too_short(each * math.ceil(batches), 60 * max_minutes, few, math.ceil(batches))
+        seconds = min(found["seconds"] + each * (iterations * batches - len(told)), 60 * max_minutes)
         disk = round(batches * found["disk_bytes"])
         say_estimate(
             terminal, "synthesize", found | {"num_images": num_images, "seconds": seconds, "disk_bytes": disk}, f"in {path.parent}"

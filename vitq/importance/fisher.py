@@ -26,10 +26,14 @@ def operand_traces(subject: Subject, probe_of: Callable[[Tensor | None], Probe])
     """
     totals = {layer.name: (0.0, 0.0) for layer in subject.graph.layers}
     generator = torch.Generator().manual_seed(subject.seed)
-    count = 0
+    count = visited = 0
     for images, labels in subject.batches:
+        visited = 0
 
-        def add(traced: LayerTrace, count: int = len(images)) -> None:
+        def add(traced: LayerTrace, count: int = len(images), before: int = count) -> None:
+            nonlocal visited
+            subject.progress(before + count * visited / len(totals))
+            visited += 1
             left, right = totals[traced.layer.name]
             first, second = (float(norms.double().sum()) for norms in squared_gradients(traced, count))
             totals[traced.layer.name] = left + first, right + second

@@ -59,10 +59,13 @@ def output_fisher(subject: Subject) -> CostTable:
     moments = {layer.name: _Moments.zeros(len(subject.bits)) for layer in graph.layers}
     together = PairMoments(graph, len(subject.bits)) if subject.options.pairs else None
     generator = torch.Generator().manual_seed(subject.seed)
-    counts = np.zeros(2, dtype=int)
+    counts, visited = np.zeros(2, dtype=int), 0  # counts: images, once for each of the two probes
     for images, _ in subject.batches:
 
         def price(traced: LayerTrace, count: int = len(images)) -> None:
+            nonlocal visited
+            subject.progress((int(counts.sum()) + count * visited / len(graph.layers)) / 2)
+            visited += 1
             with torch.no_grad():
                 products = pricing.products(traced, count)
             moments[traced.layer.name].add(products)
@@ -70,6 +73,8 @@ def output_fisher(subject: Subject) -> CostTable:
                 together.add(traced.layer.name, products.errors.diagonal(dim1=1, dim2=2)[:, 1:], products.output)
 
         def end(count: int = len(images)) -> None:
+            nonlocal visited
+            visited = 0
             if together is not None:
                 together.end_batch()
             counts[:] += [-(-count // 2), count // 2]

@@ -10,5 +10,6 @@ from vitq.report.close_up import close_ups
 from vitq.report.costs import hurting
 from vitq.report.findings import Bars, CloseUp, File, Findings, Panel
 from vitq.report.html import page
+from vitq.report.places import without_places
 
-__all__ = ["Bars", "CloseUp", "File", "Findings", "Panel", "close_ups", "hurting", "page"]
+__all__ = ["Bars", "CloseUp", "File", "Findings", "Panel", "close_ups", "hurting", "page", "without_places"]

@@ -33,8 +33,9 @@ from vitq.models import LoadedModel
 from vitq.synthesize.descent import descend
 from vitq.synthesize.objective import Objective, objective_of
 from vitq.synthesize.pictures import framed, pixels, preprocessed, save, sheet
+from vitq.units import counted, in_minutes
 
-__all__ = ["STEPS", "Synthesis", "framed", "save", "sheet", "synthesize"]
+__all__ = ["STEPS", "Synthesis", "framed", "refuse_too_short", "save", "sheet", "synthesize"]
 
 STEPS = 1000
 """The paper's, of both stages together."""
@@ -85,7 +86,7 @@ def synthesize(
         keep_scratch: leave the folder for whoever saves the images, so that a save that fails loses nothing.
 
     Raises:
-        UsageError: a number that is too small.
+        UsageError: a number that is too small, or minutes that do not suffice for one step of every batch.
         InputError: the model cannot be captured, has no patches to compare or takes no pictures.
     """
     if min(num_images, steps, batch_size) < 1 or not max_minutes > 0:
@@ -100,7 +101,11 @@ def synthesize(
     with Scratch(scratch, hashlib.sha256(how.encode()).hexdigest()) as kept:
         labels = _classes(model.num_classes, num_images, _generator(seed, "classes"))
         batches = [slice(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
-        steps, noise_entropy = _fitted(kept, wanted, batches, labels, steps, 60 * max_minutes - (time.perf_counter() - started), seed)
+        try:
+            steps, noise_entropy = _fitted(kept, wanted, batches, labels, steps, 60 * max_minutes - (time.perf_counter() - started), seed)
+        except UsageError:
+            kept.remove()
+            raise
         made = []
         for index, rows in enumerate(batches):
             done = kept.kept(f"batch.{index}")
@@ -153,11 +158,22 @@ def _fitted(
         (slope,) = torch.autograd.grad(wanted.loss(noise, chosen, variation), noise)
         float(slope.sum())  # waits for a device that computes behind our back
     each = (time.perf_counter() - begun) / (_TRIED - 1)
-    fitting = max(1, int(min(steps, seconds / (each * len(batches)))))
+    refuse_too_short(each * len(batches), seconds, rows.stop, len(batches))
+    fitting = int(min(steps, seconds / (each * len(batches))))
     with torch.no_grad():
         entropy = float(wanted.parts(noise, None).entropy.mean())
     kept.keep("schedule", {"steps": torch.tensor(fitting), "noise_entropy": torch.tensor(entropy, dtype=torch.float64)})
     return fitting, entropy
+
+
+def refuse_too_short(needed: float, seconds: float, batch_size: int, batches: int) -> None:
+    """Raises UsageError where the seconds are fewer than those that a step of every batch needs."""
+    if needed <= seconds:
+        return
+    fewer = int(max(seconds, 0) / needed * batches * 0.9) * batch_size  # a tenth off, since another run takes another time
+    step = f"one step of each of {counted(batches, 'batch')} takes about {in_minutes(needed)}, which --max-minutes leaves no room for"
+    less = f", or --num-images {fewer} or less" if fewer else ""
+    raise UsageError(f"{step}; give --max-minutes {math.ceil(1.1 * (needed + 10) / 6) / 10:g} or more{less}")
 
 
 def _judged(
