@@ -68,6 +68,13 @@ def test_progress_moves_layer_by_layer_within_a_batch(metric: str, visits: int):
     assert told == pytest.approx(np.linspace(0, 8, 2 * visits * len(subject.graph.layers), endpoint=False))
 
 
+def test_progress_of_lrp_moves_by_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["vitq.importance.lrp"], "_IMAGES_AT_ONCE", 2)  # the function has the name of its module
+    told: list[float] = []
+    METRICS["lrp"](replace(subject_of(), progress=told.append))
+    assert told == [0, 2, 4, 6]
+
+
 def weight_of(subject: Subject, layer: Layer) -> Tensor:
     return tensor_of(subject.graph.module, operand_nodes(subject.graph.layer_node(layer.name))[1])
 

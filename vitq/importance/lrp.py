@@ -43,8 +43,10 @@ def lrp(subject: Subject) -> CostTable:
     """
     options, rules = subject.options, RULES[subject.options.lrp_rules]
     layers = [layer.name for layer in subject.graph.layers]
-    total, without_rule = torch.zeros(len(layers), dtype=torch.float64), set[str]()
+    total, without_rule, done = torch.zeros(len(layers), dtype=torch.float64), set[str](), 0
     for images, labels in _parts(subject):
+        subject.progress(done)
+        done += len(images)
         start = partial(start_at, labels=labels, num_classes=subject.num_classes, target=options.lrp_target)
         scores, unknown = layer_scores(subject.graph, images, start, rules, options)
         if new := sorted(unknown - without_rule):
