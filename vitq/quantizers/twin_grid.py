@@ -3,7 +3,7 @@
     codes = c with the grid's number g(c) nearest to round(x / scale) + zero_point,        c of 0..2^bits - 1
     x^ = scale (g(c) - zero_point),        g(c) = c up to the knee, knee + ratio (c - knee) above
 
-Most of a GELU's outputs lie in its shallow dip below 0 or near it and a few reach far: at 4 bits equal steps leave four times the error.
+Most of a GELU's outputs lie in its shallow dip below 0 or near it and a few reach far: at 4 bits equal steps leave three times the error.
 The grid's numbers are uint8, so the product with the weights stays an integer kernel. In onnxruntime it runs as
 
     QuantizeLinear -> DequantizeLinear -> LeakyRelu(ratio) -> QuantizeLinear -> DequantizeLinear -> LeakyRelu(1 / ratio) -> QuantizeLinear
