@@ -113,15 +113,14 @@ def write_report(folder: Path, path: Path, model: str | None = None, images: str
     Raises:
         InputError: an artifact is damaged, or the file cannot be written.
     """
-    from vitq.report import page, without_places
+    from vitq.report import lacking, page, without_places
     from vitq.whole import write_whole
 
     found = _with_close_ups(_read(folder), folder, model, images)
-    html, sections, _ = page(without_places(found))
-    lacking = page(found)[2]  # the terminal's commands are for here
+    html, sections = page(without_places(found))
     # A path may hold bytes that are no text.
     write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="backslashreplace"))
-    left_out = [{"title": title, "command": part.command, "why": part.why} for title, part in lacking]
+    left_out = [{"title": title, "command": part.command, "why": part.why} for title, part in lacking(found)]
     done = {"output": str(path), "file_bytes": path.stat().st_size, "sections": sections}
     # What was asked for by an option and is not there is said in the terminal too.
     asked = [found.close_up_lacks] if found.close_up_lacks and (model is not None or images is not None) else []

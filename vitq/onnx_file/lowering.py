@@ -132,7 +132,7 @@ class _Lowering:
         """The grid's integers: rounded to the fine step and saturated below, then above the knee to the coarse one and saturated above."""
         coarse = float(np.float32(quantizer.scale) * np.float32(quantizer.ratio))
         fine, knee = self._affine(quantizer.scale, quantizer.zero_point), self._affine(quantizer.scale, quantizer.knee)
-        codes = self._affine(coarse, 255 - (highest_code(quantizer.bits) - quantizer.knee))
+        codes = self._affine(coarse, TOP - (highest_code(quantizer.bits) - quantizer.knee))
         rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [value, *fine]), *knee])
         stretched = self._tape.op("LeakyRelu", [rounded], {"alpha": float(quantizer.ratio)})
         rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [stretched, *codes]), *codes])

@@ -4,7 +4,7 @@ The end of a deep quantized network says little: one code that flips at a roundi
 onnxruntime with every layer's codes made visible, and the captured graph is run beside it with each layer's output, once compared,
 replaced by onnxruntime's. Every layer is thus judged on the same input:
 
-1. its codes, from the float ops before it, must equal quantize(x) but for ties (of log-grid, the integers that stand for them);
+1. its codes, from the float ops before it, must equal quantize(x) but for ties (of both grids, the integers that stand for them);
 2. its output must be  scale (codes - zero_point) (weight codes - zero_point) + bias,  computed in float64 from onnxruntime's codes;
 3. the graph's output, from the float ops behind the last layers, must be onnxruntime's.
 

@@ -9,7 +9,7 @@ folder and opening its model, which is the command's business, and everything th
 from vitq.report.close_up import close_ups
 from vitq.report.costs import hurting
 from vitq.report.findings import Bars, CloseUp, File, Findings, Panel
-from vitq.report.html import page
+from vitq.report.html import lacking, page
 from vitq.report.places import without_places
 
-__all__ = ["Bars", "CloseUp", "File", "Findings", "Panel", "close_ups", "hurting", "page", "without_places"]
+__all__ = ["Bars", "CloseUp", "File", "Findings", "Panel", "close_ups", "hurting", "lacking", "page", "without_places"]

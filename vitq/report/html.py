@@ -16,18 +16,22 @@ from vitq.units import in_units
 _LIBRARIES = ("torch", "timm", "onnx", "onnxruntime")
 
 
-def page(findings: Findings) -> tuple[str, list[str], list[tuple[str, Lacking]]]:
+def lacking(findings: Findings) -> list[tuple[str, Lacking]]:
+    """The titles of the sections that the report lacks, with what would bring them."""
+    return [(title, found) for title, section in SECTIONS.values() if isinstance(found := section(findings), Lacking)]
+
+
+def page(findings: Findings) -> tuple[str, list[str]]:
     """The whole report.
 
     Args:
         findings: what a run folder holds.
 
     Returns:
-        The HTML, the names of the sections that it has, and the titles of those that it lacks with what would bring them.
+        The HTML and the names of the sections that it has.
     """
     built: dict[str, Any] = {name: section(findings) for name, (_, section) in SECTIONS.items()}
     titles = {name: title for name, (title, _) in SECTIONS.items()}
-    lacking = [(titles[name], section) for name, section in built.items() if isinstance(section, Lacking)]
     sections = {name: None if isinstance(section, Lacking) else section for name, section in built.items()}
     # No extension decides: whatever is put into the page is escaped.
     environment = Environment(
@@ -40,11 +44,11 @@ def page(findings: Findings) -> tuple[str, list[str], list[tuple[str, Lacking]]]
         remarks=findings.remarks,
         figures=key_figures(sections),
         titles=titles,
-        lacking=lacking,
+        lacking=[(titles[name], section) for name, section in built.items() if isinstance(section, Lacking)],
         shades=range(SHADES),
         versions={"vitq": __version__, **{name: found for name in _LIBRARIES if (found := _version(name))}},
     )
-    return html, [name for name, section in sections.items() if section is not None], lacking
+    return html, [name for name, section in sections.items() if section is not None]
 
 
 def _version(library: str) -> str | None:
