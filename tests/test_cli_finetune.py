@@ -56,7 +56,7 @@ def test_a_finetuned_model_exports_verifies_and_loads(session: Path):
     again = vitq(*FINETUNE, "--json", "--recipe", "ofq", folder=session)  # from the trained one; the calibrated one stays
     assert again.code == 0 and content(run / "calibrated.safetensors") == before
     assert again.document.keys() == {
-        "output", "recipe", "steps", "epochs", "loss_before", "loss_after", "num_images", "skipped", "seconds"
+        "output", "recipe", "steps", "epochs", "loss_before", "loss_after", "judged_on", "num_images", "skipped", "seconds"
     }  # fmt: skip
 
 
@@ -95,6 +95,17 @@ def test_a_run_keeps_to_its_minutes(session: Path):
 
 
 @pytest.mark.slow
+def test_labels_need_other_images_to_judge_on(session: Path):
+    worse = ("--hard", 1, "--lr", 50, "--other-lrs", 3000, "--epochs", 1, "--no-resume")
+    done = vitq(*FINETUNE[:3], "--batch-size", 8, *worse, "--validation", "images", "--json", folder=session)
+    assert done.code == 0 and done.document["output"] is None
+    assert done.document["judged_on"] == {"source": "images", "num_images": 40, "fair": True}
+    done = vitq(*FINETUNE[:3], "--batch-size", 8, *worse, folder=session)
+    assert done.code == 0 and "these images do not say whether it is better" in done.err and "model.safetensors" in done.out
+    assert "calibrated.safetensors holds the model before training" in " ".join(done.err.split())
+
+
+@pytest.mark.slow
 def test_faults_say_what_to_do(session: Path):
     def refused(code: int, text: str, *arguments: object) -> None:
         done = vitq("finetune", *arguments, folder=session)
@@ -104,6 +115,7 @@ def test_faults_say_what_to_do(session: Path):
     refused(3, "elsewhere does not exist", "--images", "elsewhere")
     refused(2, "recipe 'qat' is not known; give one of lsq, ofq", "--images", "images", "--recipe", "qat")
     refused(3, "other/plan.json does not exist", "other/plan.json", "--images", "images")
+    refused(3, "elsewhere does not exist", "--images", "images", "--validation", "elsewhere")
     assert vitq("calibrate", folder=session).code == 0
     refused(3, "5 images are too few to train on; give --images with at least 16", "--images", "images", "--num-images", 5)
     assert vitq("allocate", "--uniform", 3, "--force", folder=session).code == 0

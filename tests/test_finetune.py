@@ -389,7 +389,27 @@ def test_nothing_is_taken_that_is_worse(session: Path, model: LoadedModel, tmp_p
     profile = load_profile(session / "vitq-run" / "profile.json")
     start = calibrate(model, allocate(profile, uniform="8").plan, opened(session, model))
     found = finetune(start, model, opened(session, model), training_with(rate=50.0, other_rates=3000.0), tmp_path / "state")
-    assert found.after > 2 * found.before and found.checkpoint is start
+    assert found.after > 2 * found.before and found.checkpoint is start and found.fair
+
+
+def test_other_images_judge_where_they_are_given(session: Path, model: LoadedModel, start: Checkpoint, tmp_path: Path):
+    """By all of them, and none is held out; with labels, where none are given, what is trained is taken, since nothing is a fair judge."""
+    images, others = opened(session, model), open_images(session / "images", model.data_config, 12, seed=1, batch_size=8)
+    training = training_with(rate=50.0, other_rates=3000.0, epochs=0.5, distillation=Distillation(0.5, 1.0))
+    found = finetune(start, model, images, training, tmp_path / "state", validation=others)
+    assert found.checkpoint is start and found.fair and found.judges == 12 and found.epochs == 2 / 5 and found.after > found.before
+    total, quantized = 0.0, start.quantized_module()
+    with torch.no_grad():
+        for pictures, labels in others:
+            wanted, output = model.module(pictures).log_softmax(1), quantized(pictures).log_softmax(1)
+            total += float(0.5 * (wanted.exp() * (wanted - output)).sum() - output.gather(1, labels[:, None]).sum())
+    assert found.before == pytest.approx(total / 12, rel=1e-4)
+    with pytest.raises(UsageError, match="is of a fine-tuning with other options"):
+        keep(tmp_path / "state", "other", Schedule(1), 0.0, {})
+        finetune(start, model, images, training, tmp_path / "state", validation=others)
+    (tmp_path / "state").unlink()
+    found = finetune(start, model, images, training, tmp_path / "state")
+    assert found.after > found.before and found.judges == 2 and not found.fair and found.checkpoint is not start
 
 
 def test_autocast_computes_in_bfloat16(model: LoadedModel, start: Checkpoint, session: Path):
@@ -415,6 +435,8 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
         InputError, match="flat has no labels; give --hard 0 to learn from the float model alone, or images in class folders"
     ):
         finetune(start, model, unlabelled, hard, tmp_path / "state")
+    with pytest.raises(InputError, match="flat has no labels; give --hard 0"):
+        finetune(start, model, opened(session, model), hard, tmp_path / "state", validation=unlabelled)
     few = open_images(flat, model.data_config, 15)
     with pytest.raises(InputError, match="15 images are too few to train on; give --images with at least 16"):
         finetune(start, model, few, training_with(), tmp_path / "state")

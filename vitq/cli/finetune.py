@@ -87,6 +87,10 @@ def finetune(
     model: Annotated[
         str | None, typer.Option("--model", autocompletion=completion.models, help="The float model. (default: the one that was profiled)")
     ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option("--validation", help="Other images, to judge on, as for --images. (default: some of --images are held out)"),
+    ] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="Size of the seeded subset. (default: all)")] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Chooses the subset, the order and the views of the images.")
@@ -118,6 +122,7 @@ def finetune(
     if plan is None:
         refuse_stale_plan(chosen, source)
     refuse_missing_sources(model, images)
+    refuse_missing_sources(None, validation)
     if images is None:
         raise UsageError("no images were given; give --images a folder of class folders, a .tar of one or an images.safetensors")
     calibrated = folder / CHECKPOINT
@@ -150,14 +155,17 @@ def finetune(
     with joined(device) as processes:
         terminal = Terminal(quiet or not processes.leads, verbose, as_json)
         loaded = memory.model(model, "--model")
-        opened = open_for(
-            loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names, loaded.num_classes
-        )
+
+        def opened_at(given: str, count: int | None) -> "Images":
+            say_foreign(terminal, loaded.digest, given)
+            classes = loaded.label_names, loaded.num_classes
+            return open_for(loaded.digest, given, loaded.data_config, count, seed, batch_size, workers, *classes)
+
+        opened, judging = opened_at(images, num_images), None if validation is None else opened_at(validation, None)
         terminal.preprocessing(loaded.data_config, chosen.model.data_config)
-        say_foreign(terminal, loaded.digest, images)
         if dry_run:
             if processes.leads:
-                found = _expected(terminal, memory, loaded, chosen, opened, training, calibrated, device, started)
+                found = _expected(terminal, memory, loaded, chosen, opened, judging, training, calibrated, device, started)
                 say_estimate(terminal, "finetune", found, f"in {folder}")
             return
         state = path.with_name(f".{path.stem}.finetuning.safetensors")
@@ -173,7 +181,7 @@ def finetune(
                 f"{calibrated} was calibrated to another plan than {source}; run `{in_run('vitq calibrate --force', folder)}` again"
             )
         with terminal.keeping(state), terminal.watching(opened, "finetune") as progress:
-            found = train(start, loaded, opened, training, state, processes, time.perf_counter() - started, progress)
+            found = train(start, loaded, opened, training, state, processes, time.perf_counter() - started, progress, judging)
         if not processes.leads:
             return
         better = found.checkpoint is not start
@@ -192,18 +200,26 @@ def finetune(
         "epochs": found.epochs,
         "loss_before": found.before,
         "loss_after": found.after,
+        "judged_on": {"source": validation or images, "num_images": found.judges, "fair": found.fair},
         "num_images": opened.num_images,
         "skipped": opened.skipped,
         "seconds": time.perf_counter() - started,
     }
     what = f"{counted(found.steps, 'step')} by recipe {recipe}, {found.epochs:.2f} epochs, {document['seconds']:.0f} s"
-    loss = f"loss on {counted(found.held_out, 'image')} held out {in_decimals(found.before)} before, {in_decimals(found.after)} after"
+    judges = f"{counted(found.judges, 'image')} {'held out' if validation is None else f'of {validation}'}"
+    loss = f"loss on {judges} {in_decimals(found.before)} before, {in_decimals(found.after)} after"
     if not better:
         terminal.result(document, what, f"{loss}: not lower, so {calibrated} is as it was")
         terminal.note("a run this short may end before it gains: give more --images, more --max-minutes, or a lower --lr and --other-lrs")
         terminal.next(in_folder("vitq export", calibrated, CHECKPOINT))
         return
     terminal.result(document, what, loss, f"wrote {path} ({in_units(path.stat().st_size, 'B')})")
+    if not found.fair and not found.after < found.before:
+        kept = calibrated if output else folder / CALIBRATED
+        terminal.note(
+            "these images do not say whether it is better: a float model that was trained on them knows their labels by heart. "
+            f"Evaluate it, or give --validation other images; {kept} holds the model before training"
+        )
     terminal.next(in_folder("vitq export", path, CHECKPOINT))
 
 
@@ -213,6 +229,7 @@ def _expected(
     loaded: "LoadedModel",
     plan: "BitPlan",
     opened: "Images",
+    judging: "Images | None",
     training: "Training",
     calibrated: Path,
     device: str,
@@ -237,6 +254,7 @@ def _expected(
             few,
             folder / "state",
             progress=lambda done, _, __: told.append((time.perf_counter(), done)),
+            validation=judging,
         )
         shutil.copyfile(start, folder / CALIBRATED)
 

@@ -48,6 +48,7 @@ Progress = Callable[[float, float, str], None]
 """Called with the steps that are done, all of them, and where the loss is, for people."""
 
 _HELD_OUT, _MOST_HELD_OUT = 16, 512  # of so many images one is held out, and so many at most
+_MOST_JUDGED = 2048  # of images that are given to judge on
 _TRIED = 4  # steps that are timed before the first one is taken
 _SAVES = 8  # in the minutes that are given, at least: there, too, steps are fitted to the time that is left
 _ANNEALED = 0.1  # recipe ofq: the last part of the run
@@ -57,16 +58,19 @@ _ANNEALED = 0.1  # recipe ofq: the last part of the run
 class Finetuned:
     """What came of it.
 
-    `checkpoint` is the one that was started from where the loss on held-out images has not fallen; `before` and `after` are those
-    losses, nats an image, on `held_out` images; `steps` were taken, in `epochs` passes over the others.
+    `checkpoint` is the one that was started from where the loss has not fallen on the images that judge; `before` and `after` are those
+    losses, nats an image, on `judges` images; `steps` were taken, in `epochs` passes over those trained on. `fair` says whether the images
+    could judge: with labels, held-out images that the float model may know by heart cannot, and what was trained is `checkpoint` in any
+    case.
     """
 
     checkpoint: Checkpoint
     before: float
     after: float
-    held_out: int
+    judges: int
     steps: int
     epochs: float
+    fair: bool
 
 
 def finetune(
@@ -78,18 +82,20 @@ def finetune(
     processes: Processes | None = None,
     spent: float = 0.0,
     progress: Progress | None = None,
+    validation: Images | None = None,
 ) -> Finetuned:
     """Trains a calibrated checkpoint.
 
     Args:
         checkpoint: where to start, on the device to compute on.
         model: the float model, which teaches.
-        images: to train on; one in sixteen is held out, up to 512.
+        images: to train on; one in sixteen is held out to judge on, up to 512, where there is no `validation`.
         training: how.
         state: the file that a killed run goes on from; it stays, for whoever has saved the result to remove.
         processes: those that share the work.
         spent: seconds of `training.minutes` that are gone already.
         progress: is told how far it is.
+        validation: to judge on instead, up to 2,048 of them evenly spread.
 
     Raises:
         UsageError: options that cannot be trained with, or the state of another run.
@@ -97,10 +103,12 @@ def finetune(
     """
     begun, processes = time.perf_counter() - spent, processes or Processes()
     training.check()
-    if training.distillation.hard and not (model.num_classes and images.labelled):
-        why = f"{images.source} has no labels" if model.num_classes else f"{model.source} is no classifier"
-        raise InputError(f"{why}; give --hard 0 to learn from the float model alone, or images in class folders")
-    held, rows = _split(images)
+    judging = images if validation is None else validation
+    for given in (images, judging) if training.distillation.hard else ():
+        if not (model.num_classes and given.labelled):
+            why = f"{given.source} has no labels" if model.num_classes else f"{model.source} is no classifier"
+            raise InputError(f"{why}; give --hard 0 to learn from the float model alone, or images in class folders")
+    judges, rows = _split(images) if validation is None else (_judges(validation), list(range(images.num_listed)))
     share = (processes.rank, processes.count)
     source = TrainingImages(
         images, rows, training.augmentation, training.batch_size, training.seed, model.num_classes, training.workers, share
@@ -109,8 +117,8 @@ def finetune(
     learner = Learner(checkpoint, model, training, processes)
 
     def judged() -> float:
-        """The loss on the images that are held out, as the leading process finds it."""
-        return processes.agreed(learner.mean_loss(untouched(images, held, training.batch_size)) if processes.leads else 0.0)
+        """The loss on the images that judge, as the leading process finds it."""
+        return processes.agreed(learner.mean_loss(untouched(judging, judges, training.batch_size)) if processes.leads else 0.0)
 
     def fitted(schedule: Schedule, each: float) -> Schedule:
         """With the time that is spent, and no more steps left than there is time for."""
@@ -120,13 +128,13 @@ def finetune(
         seconds = 60 * training.minutes - schedule.seconds
         return replace(schedule, left=steps_within(seconds, processes.agreed(each), whole - schedule.taken))
 
-    name, earlier = _digest(checkpoint, model, images, training, processes), 0.0
+    name, earlier = _digest(checkpoint, model, images, judging, training, processes), 0.0
     ended = checkpoint.made_from.get("finetuning")
     found = kept(state, name, ended.get("run") if isinstance(ended, Mapping) else None)
     if found is None:
-        judging = time.perf_counter()
+        at = time.perf_counter()
         before, schedule = judged(), Schedule(whole)
-        begun -= time.perf_counter() - judging  # once more comes in the end
+        begun -= time.perf_counter() - at  # once more comes in the end
         if training.minutes is not None:
             schedule = fitted(schedule, learner.seconds_a_step(source.batches(), _TRIED))
     else:
@@ -153,14 +161,16 @@ def finetune(
 
     learner.finish()
     after, epochs = judged(), schedule.taken / source.steps_per_epoch
-    if not after < before:
-        return Finetuned(checkpoint, before, after, len(held), schedule.taken, epochs)
+    # A float model that was trained on these images knows their labels by heart: every step away from it is a loss there, and no judge.
+    fair = validation is not None or not training.distillation.hard
+    if fair and not after < before:
+        return Finetuned(checkpoint, before, after, len(judges), schedule.taken, epochs, fair)
     trained_on = {"source": images.source, "digest": images.digest, "num_images": images.num_listed}
     how = {key: value for key, value in asdict(training).items() if key not in _WITHOUT_EFFECT}
     finetuning = how | {"images": trained_on, "steps": schedule.taken, "processes": processes.count, "run": name}
     made = learner.checkpoint()
     made = replace(made, floats=None, errors={}, made_from={**checkpoint.made_from, "finetuning": finetuning})
-    return Finetuned(made, before, after, len(held), schedule.taken, epochs)
+    return Finetuned(made, before, after, len(judges), schedule.taken, epochs, fair)
 
 
 _WITHOUT_EFFECT = ("save_minutes", "workers")
@@ -177,10 +187,16 @@ def _split(images: Images) -> tuple[list[int], list[int]]:
     return held, [row for row in range(images.num_listed) if row not in out]
 
 
-def _digest(checkpoint: Checkpoint, model: LoadedModel, images: Images, training: Training, processes: Processes) -> str:
+def _judges(validation: Images) -> list[int]:
+    """The numbers of the images that judge, of those given for it, evenly spread."""
+    return list(range(0, validation.num_listed, math.ceil(validation.num_listed / _MOST_JUDGED)))
+
+
+def _digest(checkpoint: Checkpoint, model: LoadedModel, images: Images, judging: Images, training: Training, processes: Processes) -> str:
     """What a run depends on."""
     how = {key: value for key, value in asdict(training).items() if key not in _WITHOUT_EFFECT}
-    parts = (how, processes.count, model.digest, images.digest, checkpoint.plan.layers, checkpoint.activations, torch.__version__)
+    seen = images.digest, judging.digest
+    parts = (how, processes.count, model.digest, seen, checkpoint.plan.layers, checkpoint.activations, torch.__version__)
     hashed = hashlib.sha256(repr(parts).encode())
     tensors = checkpoint.graph.module.state_dict() | {name: weight.codes for name, weight in checkpoint.weights.items()}
     for value in tensors.values():

@@ -117,7 +117,7 @@ class Learner:
                 total += float(self.loss(batch)) * len(batch[0])
                 count += len(batch[0])
         if not count:
-            raise InputError("none of the images that are held out can be read; give others")
+            raise InputError("none of the images to judge on can be read; give others")
         return total / count
 
     def finish(self) -> None:
