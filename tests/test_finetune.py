@@ -33,7 +33,7 @@ from vitq.finetune.state import keep, kept
 from vitq.graph import run
 from vitq.images import Images, open_images
 from vitq.models import LoadedModel
-from vitq.quantizers import LogGrid, TwinGrid, Uniform
+from vitq.quantizers import RowSquares, TwinGrid, Uniform
 
 
 def training_with(**changes: Any) -> Training:
@@ -110,13 +110,10 @@ def naive_output(start: Checkpoint, leaves: dict[str, Tensor], images: Tensor) -
             ends = (quantizer.integers(torch.tensor([0.0, highest_code(quantizer.bits)])) - quantizer.zero_point).tolist()
             inside = (steps >= ends[0] - 0.5) & (steps <= ends[1] + quantizer.ratio / 2)
             return scale * torch.where(inside, steps + (whole - steps).detach(), whole)
-        if isinstance(quantizer, LogGrid):
-            scale = torch.tensor(quantizer.scale) * leaves[f"range:{tensor}"].exp()
-            codes = replace(quantizer, scale=float(scale.detach())).quantize(x.detach())
-            held = (quantizer.integers(codes) - quantizer.zero_point) * scale  # all of the scale's gradient
-            power = -x.log() / quantizer.step
-            inside = (codes < highest_code(quantizer.bits)) & (power >= quantizer.offset - 0.5)
-            return held + torch.where(inside, x - x.detach(), torch.zeros_like(x))
+        if isinstance(quantizer, RowSquares):
+            root = (x / x.amax(-1, keepdim=True)).detach().sqrt()
+            squares = (root * (2**quantizer.bits - 1)).round().square()
+            return squares / squares.sum(-1, keepdim=True) + (x - x.detach())  # nothing is learned of it
         assert isinstance(quantizer, Uniform)
         scale = torch.tensor(quantizer.scale) * leaves[f"range:{tensor}"].exp()
         learned = leaves[f"zero_point:{tensor}"]
@@ -538,6 +535,6 @@ def test_scales_that_ran_away_are_held_where_float32_divides(session: Path, mode
     away = {name: torch.full_like(v, far) if name.startswith(("range", "gain")) else v for name, v in learner._leaves.items()}
     learner.put({f"variable {name}": value for name, value in away.items()})
     made = learner.checkpoint()
-    scales = [q.scale for q in made.activations.values()]  # type: ignore[attr-defined]
+    scales = [q.scale for q in made.activations.values() if not isinstance(q, RowSquares)]  # type: ignore[attr-defined]
     scales += [float(scale) for weight in made.weights.values() for scale in weight.scale]
     assert all((1e-20 < scale < 1e-18) if far < 0 else (1e18 < scale < 1e20) for scale in scales)

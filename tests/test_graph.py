@@ -179,7 +179,35 @@ def test_roles_are_found_through_shape_ops(through):
 
     graph = captured_module(Tokens(Body()))
     roles = [of(graph, f"body.{name}").operands[0].role for name in "abcd"]
-    assert roles == ["post_layernorm", "post_gelu", "post_softmax", "plain"]
+    assert roles == ["post_layernorm", "post_gelu", "plain", "plain"]  # a linear has a bias behind its sums
+
+
+@pytest.mark.parametrize(
+    ("through", "role"),
+    [
+        (lambda x: x.softmax(-1), "post_softmax"),
+        (lambda x: x.softmax(2).unflatten(1, (2, 8)).permute(0, 2, 1, 3).reshape(-1, 16, 8), "post_softmax"),
+        (lambda x: x.softmax(-1).reshape(x.shape[0], 4, 4, 8).flip(1), "post_softmax"),
+        (lambda x: x.transpose(1, 2).softmax(1).transpose(1, 2), "post_softmax"),
+        (lambda x: x.softmax(1), "plain"),
+        (lambda x: x.softmax(-1).roll(1, 2), "plain"),
+        (lambda x: x.softmax(-1).reshape(x.shape[0], 32, 4).reshape(x.shape[0], 16, 8)[..., :4], "plain"),
+        (lambda x: 2 * x.softmax(-1), "plain"),
+    ],
+)
+def test_a_matmul_that_sums_over_a_softmaxs_rows_has_its_role(through, role: str):
+    class Body(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            left = through(x)
+            other = (x.flatten(1)[:, : left.shape[-1]] + 1)[:, :, None].expand(-1, -1, 3)
+            other = other if left.dim() == 3 else other[:, None]
+            summed = left @ other
+            turned = (left + 1).transpose(-1, -2) @ left
+            return x + summed.sum() + turned.sum()
+
+    layers = [layer for layer in captured_module(Tokens(Body())).layers if layer.op == "matmul"]
+    assert [operand.role for operand in layers[0].activations] == [role, "plain"]
+    assert [operand.role for operand in layers[1].activations] == ["plain", "plain"]
 
 
 def test_arithmetic_ends_a_role():

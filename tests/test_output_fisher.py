@@ -500,7 +500,7 @@ def test_negligible_products_change_costs_little(monkeypatch: pytest.MonkeyPatch
     ratios = [b / a for name in exact.tied for a, b in zip(exact.tied[name], quick.tied[name], strict=True)]
     assert 0 < np.sqrt(np.mean(np.square(np.log(ratios)))) < 0.1 and min(ratios) > 0.5 and max(ratios) < 2
     unchanged = [sum(exact.tied[name][index] == quick.tied[name][index] for name in exact.tied) for index in (0, -1)]
-    assert unchanged[0] > 0.8 * len(exact.tied) and unchanged[1] == 0  # nearly nothing is left out at 2 bits, everything at 8
+    assert unchanged[0] > 0.75 * len(exact.tied) and unchanged[1] == 0  # but for softmaxes nothing is left out at 2 bits, everything at 8
 
 
 def test_halves_are_what_either_half_of_the_images_costs(mixed: Case):

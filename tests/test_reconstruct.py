@@ -19,7 +19,7 @@ from vitq.calibration.errors import block_error, weights_of_errors
 from vitq.calibration.estimate import estimate
 from vitq.calibration.fast import fit_fast
 from vitq.calibration.held import Held
-from vitq.calibration.learned import learned_activation, learned_log_grid, learned_twin_grid, learned_weight, straight_through
+from vitq.calibration.learned import learned_activation, learned_twin_grid, learned_weight, straight_through
 from vitq.calibration.learning import Learning
 from vitq.calibration.reconstruct import calibrate_reconstruct, held_out, held_out_loss
 from vitq.calibration.scratch import Rows, Scratch
@@ -29,7 +29,7 @@ from vitq.calibration.views import view
 from vitq.checkpoint import Checkpoint
 from vitq.errors import InputError, UsageError
 from vitq.graph import Graph, run
-from vitq.quantizers import Log2, LogGrid, TwinGrid
+from vitq.quantizers import Log2, Quantizer, RowSquares, TwinGrid
 from vitq.ranges import fold
 from vitq.rewrites import rewrite
 
@@ -109,22 +109,6 @@ def test_a_weights_gradients_are_the_naive_ones():
             wanted = float(out[row, column] * scale[row, 0].detach()) if -3 <= whole <= 4 else 0.0
             assert float(steps.grad[row, column]) == pytest.approx(wanted, abs=1e-6)
         assert float(scale.grad[row, 0]) == pytest.approx(by_scale, abs=1e-5)
-
-
-def test_a_logarithmic_grids_gradients_are_those_with_rounding_held():
-    """x^ is linear in the scale; where a softmax is between the smallest and the largest power, its gradient passes."""
-    quantizer = LogGrid(1 / 256, 0.5, 2, 3)
-    x = torch.rand(400, generator=torch.Generator().manual_seed(1)).square().requires_grad_()
-    out = torch.randn(400, generator=torch.Generator().manual_seed(2))
-    scale = torch.tensor(0.004, requires_grad=True)
-    found = learned_log_grid(x, scale, quantizer)
-    assert torch.equal(found, replace(quantizer, scale=float(scale.detach())).quantize_dequantize(x.detach()))
-    (out * found).sum().backward()
-    assert scale.grad is not None and x.grad is not None
-    assert float(scale.grad) == pytest.approx(float((out * found).detach().sum() / scale.detach()), rel=1e-4)
-    powers = -x.detach().log() / 0.5  # codes 0 to 6 are powers 2 to 8, code 7 is 0
-    assert torch.equal(x.grad != 0, (powers > 1.5) & (powers < 8.5)) and 0 < int((x.grad != 0).sum()) < 400
-    assert torch.equal(x.grad[x.grad != 0], out[x.grad != 0])
 
 
 def test_a_twin_grids_gradients_are_those_with_rounding_held():
@@ -208,29 +192,19 @@ def test_layernorms_learn_where_a_layer_of_the_block_reads_them():
     assert torch.allclose(new_gain, gain * math.e**0.5) and torch.allclose(new_bias, bias - 2 * gain.abs())
 
 
-def test_a_softmax_on_the_logarithmic_grid_learns_its_scale():
-    _, folded, fast = start_of()
-    softmax = next(layer.activations[0].tensor for layer in folded.layers if layer.type == "av")
-    grid = LogGrid(1 / 256, 0.5, 0, 3)
-    variables = BlockVariables(folded, replace(fast, activations=dict(fast.activations) | {softmax: grid}), list(folded.layers))
-    moved = variables.tensors(copied=True)
-    moved[f"range:{softmax}"] += 0.25
-    variables.put(moved)
-    found = variables.checkpoint().activations[softmax]
-    assert found == replace(grid, scale=found.scale) and found.scale == pytest.approx(math.e**0.25 / 256)  # type: ignore[attr-defined]
-
-
 def test_an_activation_that_an_earlier_block_learned_stays():
     _, folded, fast = start_of()
-    first = folded.layers[3].activations[0].tensor
+    first = folded.layers[1].activations[0].tensor
     variables = BlockVariables(folded, fast, list(folded.layers), {first})
-    assert first not in variables.activations and variables.activations == set(fast.activations) - {first}
+    learned = {tensor for tensor, quantizer in fast.activations.items() if not isinstance(quantizer, RowSquares)}
+    assert first in learned and variables.activations == learned - {first}
 
 
-def test_quantizers_that_are_not_affine_stay_as_they_are():
+@pytest.mark.parametrize("quantizer", [Log2(1.0, 3), RowSquares(3)])
+def test_quantizers_that_are_not_affine_stay_as_they_are(quantizer: Quantizer):
     _, folded, fast = start_of()
     softmax = next(layer.activations[0].tensor for layer in folded.layers if layer.type == "av")
-    activations = dict(fast.activations) | {softmax: Log2(1.0, 3)}
+    activations = dict(fast.activations) | {softmax: quantizer}
     mixed = Checkpoint(fast.graph, fast.plan, fast.weights, activations)  # type: ignore[arg-type]
     variables = BlockVariables(folded, mixed, list(folded.layers))
     assert softmax not in variables.activations
@@ -242,7 +216,7 @@ def test_quantizers_that_are_not_affine_stay_as_they_are():
 
     x = torch.rand(1, 4, 17, 17)
     watch(None, x, torch.rand(1, 4, 17, 16))
-    assert torch.allclose(watched["read"][0], Log2(1.0, 3).quantize_dequantize(x))
+    assert torch.allclose(watched["read"][0], quantizer.quantize_dequantize(x))
 
 
 # Errors
@@ -284,7 +258,7 @@ def test_it_is_never_worse_than_fast_on_held_out_images(family: str, bits: int, 
     learned, before = (held_out_loss(checkpoint, folded, batches) for checkpoint in (found, fast))
     assert learned <= before
     if iterations == 40:
-        assert learned < 0.7 * before
+        assert learned < 0.85 * before
     assert not (tmp_path / "scratch").exists()
 
 

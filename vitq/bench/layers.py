@@ -8,9 +8,9 @@
 
 All files run in turn. A layer is timed once for each kind (equal ops and shapes) and each form that its widths take in onnxruntime: integer
 kernels compute in 8 bits whatever the width, so the weight's width does not matter, and an activation below 8 bits costs a Clip, a softmax
-its logarithm. A latency budget therefore moves little between the widths; it is above all a promise that is checked. Layers that were
+its rows' own units. A latency budget therefore moves little between the widths; it is above all a promise that is checked. Layers that were
 measured alone say how the price of narrow activations is shared out, whole models how high it is: alone it comes out far too high, since
-a tensor that several layers read is quantized once in a real file, and a softmax in front is computed as its logarithm at no cost. A
+a tensor that several layers read is quantized once in a real file, and there a softmax is not computed before its roots are. A
 third model, every other block of it below 8 bits, tells how well the sums predict.
 """
 

@@ -1,8 +1,8 @@
 """Recipe `fast`: minutes, no gradients.
 
-LayerNorms folded to common channel ranges; weights per output channel and activations per tensor with least-squares ranges, softmax
-outputs by their logarithm where that is better; weights rounded so that they make up for their inputs' errors and their own
-(absorbing.py); then every output channel gets back the mean and the spread that it has in the float network (matching.py).
+LayerNorms folded to common channel ranges; weights per output channel and activations per tensor with least-squares ranges, below 8 bits
+softmax outputs by squares row by row; weights rounded so that they make up for their inputs' errors and their own (absorbing.py); then
+every output channel gets back the mean and the spread that it has in the float network (matching.py).
 """
 
 from collections.abc import Mapping

@@ -7,10 +7,6 @@ With steps u = x / scale, c = clip(round(u), range) the whole number that u beco
     d x^ / d zero_point = 0 inside the range, -scale outside
 
 The forward values are those of `affine.quantize_dequantize` bit by bit: what is trained is what is exported.
-On the logarithmic grid x^ = scale c too, with c the whole number of the code that x has; its step and offset stay, and so
-
-    d x^ / d scale = c,        d x^ / d x = 1 between the smallest power and the largest, else 0
-
 On the twin grid they are those of equal steps, c the grid's number less the zero point; knee, ratio and zero point stay.
 
 A weight is learned in steps: W^ = scale clip(round(v), range), v of the weight's shape. Its scale is then a gain a channel, and a change
@@ -20,7 +16,6 @@ rounding is not AdaRound's (rounding.py), which keeps a weight within one step: 
 the activations, which is the larger one. The two were not compared.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -28,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from vitq.affine import highest_code
-from vitq.quantizers import LogGrid, Quantizer, TwinGrid
+from vitq.quantizers import Quantizer, TwinGrid
 
 
 def learned_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -39,11 +34,6 @@ def learned_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) 
 def learned_weight(steps: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """W^ of v, (O, ...); scale, lowest and highest integer are (O, 1, ...)."""
     return _Weight.apply(steps, scale, lowest, highest)  # type: ignore[return-value]
-
-
-def learned_log_grid(x: Tensor, scale: Tensor, quantizer: LogGrid) -> Tensor:
-    """x^ of x's shape by the quantizer with another scale, which is float32 of no dimension."""
-    return _LogGrid.apply(x, scale, quantizer)  # type: ignore[return-value]
 
 
 def learned_twin_grid(x: Tensor, scale: Tensor, quantizer: TwinGrid) -> Tensor:
@@ -76,22 +66,6 @@ class _Activation(torch.autograd.Function):
         inside = gradient * (steps.round() == codes)
         by_scale = (gradient * codes).sum() - (inside * steps).sum()
         return inside, by_scale, (inside.sum() - gradient.sum()) * scale, None
-
-
-class _LogGrid(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, quantizer: LogGrid) -> Tensor:
-        codes = quantizer.quantize(x)
-        whole = quantizer.integers(codes) - quantizer.zero_point
-        largest = math.exp(-quantizer.step * (quantizer.offset - 0.5))
-        ctx.save_for_backward(whole, (codes < highest_code(quantizer.bits)) & (x <= largest))
-        return whole * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        whole, inside = ctx.saved_tensors
-        (gradient,) = gradients
-        return gradient * inside, (gradient * whole).sum(), None
 
 
 class _TwinGrid(torch.autograd.Function):

@@ -9,6 +9,7 @@ import math
 from torch.fx import GraphModule, Node
 
 from vitq.artifacts import Layer, Operand, Operation, Role
+from vitq.graph.channels import reaches_in_order
 from vitq.graph.dataflow import (
     ACTIVATIONS,
     BIJECTIVE,
@@ -82,27 +83,36 @@ def _layer(node: Node, name: str, kind: str, block: str) -> Layer:
     else:
         parameters, channels = math.prod(_shape(right)), _shape(right)[0]
         macs = output * parameters // channels
-    operands = (_operand(left), _operand(right) if operation == "matmul" else _weight(right))
+    operands = (_operand(left, operation), _operand(right) if operation == "matmul" else _weight(right))
     return Layer(name=name, type=kind, op=operation, block=block, parameters=parameters, channels=channels, macs=macs, operands=operands)
 
 
-def _operand(node: Node) -> Operand:
-    return Operand(tensor=walk_back(node, BIJECTIVE).name, role=_role(node), shape=_shape(node))
+def _operand(node: Node, left_of: Operation | None = None) -> Operand:
+    return Operand(tensor=walk_back(node, BIJECTIVE).name, role=_role(node, left_of), shape=_shape(node))
 
 
 def _weight(node: Node) -> Operand:
     return Operand(tensor=str(node.target), role="weight", shape=_shape(node))
 
 
-def _role(node: Node) -> Role:
+def _role(node: Node, left_of: Operation | None = None) -> Role:
+    """The role of what a layer reads; "post_softmax" is a matmul's left operand whose rows, which it sums over, are a softmax's own."""
     source = walk_back(node, SHAPE_ONLY)
     if source.op == "placeholder":
         return "image"
     roles: tuple[tuple[set, Role], ...] = ((NORMS, "post_layernorm"), (SOFTMAXES, "post_softmax"), (GELUS, "post_gelu"))
     for targets, role in roles:
-        if source.target in targets:
+        if source.target in targets and (role != "post_softmax" or (left_of == "matmul" and _holds_rows(node, source))):
             return role
     return "plain"
+
+
+def _holds_rows(node: Node, softmax: Node) -> bool:
+    """Whether a softmax's axis is the last one of what shape ops made of it."""
+    axis = int(softmax.args[1])  # type: ignore[arg-type]
+    if node is softmax:
+        return axis in (-1, len(_shape(node)) - 1)
+    return reaches_in_order(softmax, axis, node, -1)
 
 
 def _shape(node: Node) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from torch.fx import Node
 from vitq.affine import QuantizedWeight
 from vitq.checkpoint import Checkpoint
 from vitq.graph import analyse, assign, copy, tensor_of
+from vitq.graph.channels import is_factor
 from vitq.graph.dataflow import BIJECTIVE, aten
-from vitq.rewrites.channels import is_factor
 
 
 def fold_numbers(checkpoint: Checkpoint) -> Checkpoint:

@@ -27,8 +27,8 @@ from vitq.checkpoint import Checkpoint
 from vitq.errors import UsageError
 from vitq.onnx_file.storage import Storage, function_name, unpack_function, weight_tensors
 from vitq.onnx_file.trace import DOMAIN
-from vitq.quantizers import INTEGER_QUANTIZERS, IntegerQuantizer, LogGrid, TwinGrid, Uniform
-from vitq.quantizers.log_grid import TOP
+from vitq.quantizers import INTEGER_QUANTIZERS, IntegerQuantizer, RowSquares, TwinGrid, Uniform
+from vitq.quantizers.twin_grid import TOP
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ class _Lowering:
             for value, quantizer, operand, less in zip(operands, quantizers, layer.activations, lessened, strict=True)
         ]
         if layer.op == "matmul":
-            output = self._tape.op("MatMul", list(map(self._dequantize, codes, quantizers, lessened)), name=layer.name)
+            left, right = map(self._dequantize, codes, quantizers, lessened)
+            output = self._tape.op("MatMul", [left, right], name=layer.name)
+            if isinstance(quantizers[0], RowSquares):
+                output = self._tape.op("Div", [output, self._row_sums(left, layer.operands[0].shape[-1])])
         elif layer.op == "linear":
             output = self._linear(layer, self._dequantize(codes[0], quantizers[0], lessened[0]), bias, rank=len(_shape(operands[0])))
         else:
@@ -105,8 +108,8 @@ class _Lowering:
     def _quantize(self, value: ir.Value, quantizer: IntegerQuantizer, role: str, less: int) -> ir.Value:
         """The integers of a tensor, made at its first reader."""
         if (value, quantizer, less) not in self._codes:
-            if isinstance(quantizer, LogGrid):
-                codes = self._logarithmic(value, quantizer)
+            if isinstance(quantizer, RowSquares):
+                codes = self._squared(value, quantizer)
             elif isinstance(quantizer, TwinGrid):
                 codes = self._in_two_steps(value, quantizer)
             else:
@@ -116,17 +119,24 @@ class _Lowering:
             self._codes[value, quantizer, less] = codes
         return self._codes[value, quantizer, less]
 
-    def _logarithmic(self, value: ir.Value, quantizer: LogGrid) -> ir.Value:
-        """The grid's integers: the logarithm rounded and saturated below, its power rounded and saturated above."""
-        softmax = value.producer()
+    def _squared(self, value: ir.Value, quantizer: RowSquares) -> ir.Value:
+        """The integers of rows: the root of each value over its row's largest, rounded, times itself."""
+        softmax, last = value.producer(), self._constant(np.array([-1]))
         if softmax is not None and softmax.op_type == "Softmax":
-            logarithm = self._tape.op("LogSoftmax", [softmax.inputs[0]], softmax.attributes)
+            scores = softmax.inputs[0]
+            below = self._tape.op("Sub", [scores, self._tape.op("ReduceMax", [scores, last], {"keepdims": 1})])
+            root = self._tape.op("Exp", [self._tape.op("Mul", [below, self._constant(np.float32(0.5))])])
         else:
-            logarithm = self._tape.op("Log", [value])
-        step = self._affine(quantizer.step, highest_code(quantizer.bits) + quantizer.offset)
-        rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [logarithm, *step]), *step])
-        largest = np.exp(-np.float64(quantizer.step) * quantizer.offset)
-        return self._tape.op("QuantizeLinear", [self._tape.op("Exp", [rounded]), *self._affine(float(np.float32(largest / TOP)), 0)])
+            largest = self._tape.op("ReduceMax", [value, last], {"keepdims": 1})
+            root = self._tape.op("Sqrt", [self._tape.op("Div", [value, largest])])
+        step = self._affine(1 / highest_code(quantizer.bits), 0)
+        rounded = self._tape.op("DequantizeLinear", [self._tape.op("QuantizeLinear", [root, *step]), *step])
+        return self._tape.op("QuantizeLinear", [self._tape.op("Mul", [rounded, rounded]), *self._affine(quantizer.scale, 0)])
+
+    def _row_sums(self, rows: ir.Value, length: int) -> ir.Value:
+        """The sum of each row, as a product of integers with ones."""
+        ones = self._constant(np.ones((length, 1), np.uint8))
+        return self._tape.op("MatMul", [rows, self._tape.op("DequantizeLinear", [ones, *self._affine(1.0, 0)])])
 
     def _in_two_steps(self, value: ir.Value, quantizer: TwinGrid) -> ir.Value:
         """The grid's integers: rounded to the fine step and saturated below, then above the knee to the coarse one and saturated above."""

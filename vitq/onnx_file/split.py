@@ -20,8 +20,8 @@ from vitq.affine import QuantizedWeight
 from vitq.artifacts import Layer
 from vitq.checkpoint import Checkpoint
 from vitq.graph import analyse, assign, copy, tensor_of
+from vitq.graph.channels import carry
 from vitq.graph.dataflow import BIJECTIVE, PARTIAL, aten, optional_argument
-from vitq.rewrites.channels import carry
 
 _LARGEST_INTEGER = 2**24  # that float32 counts to: ops of the graph may not take float64
 

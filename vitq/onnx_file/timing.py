@@ -2,8 +2,8 @@
 
 They are lowered and finished by the code that writes real files, so they have the same ops; only their numbers are made up, and time does
 not depend on those. Weights are at 8 bits: however they are stored, onnxruntime unfolds them to int8 when it makes a session, so that
-their width is gone before the first run. An activation below 8 bits costs a Clip; a softmax is taken to be quantized by its logarithm
-there, as it mostly is. A linear that is written in parts is timed whole: what the parts take more or less is in what the model takes
+their width is gone before the first run. An activation below 8 bits costs a Clip, a softmax its rows of squares, a GELU its two step
+sizes, which it mostly has. A linear that is written in parts is timed whole: what the parts take more or less is in what the model takes
 beside its layers.
 
 Leaves out: verification, and anything about accuracy.
@@ -27,7 +27,7 @@ from vitq.onnx_file.lowering import lower
 from vitq.onnx_file.split import split_linears
 from vitq.onnx_file.storage import Storage
 from vitq.onnx_file.trace import DOMAIN, OPSET, trace_graph
-from vitq.quantizers import LogGrid, Quantizer, TwinGrid, Uniform
+from vitq.quantizers import Quantizer, RowSquares, TwinGrid, Uniform
 from vitq.runtime import INT8_ALLOWED
 
 _IR_VERSION = 10  # of OPSET
@@ -117,9 +117,9 @@ def made_up(graph: Graph, spec: ModelSpec, activation_bits: Bits | Mapping[str, 
 
 
 def _quantizer(role: str, bits: Bits) -> Quantizer:
-    plain, softmax, octave = (float(torch.tensor(value)) for value in (8.0 / highest_code(bits), 0.9 / 255, 0.7))
+    plain, softmax = (float(torch.tensor(value)) for value in (8.0 / highest_code(bits), 0.9 / 255))
     if role == "post_softmax":
-        return LogGrid(softmax, octave, 0, bits) if bits < 8 else Uniform(softmax, 0, bits)
+        return RowSquares(bits) if bits < 8 else Uniform(softmax, 0, bits)
     if role == "post_gelu" and bits < 8:
         return TwinGrid(plain / 4, 0, highest_code(bits) // 2 + 1, 3, bits)
     return Uniform(plain, 2 ** (bits - 1), bits)

@@ -36,7 +36,7 @@ from vitq.errors import InputError, VerificationError
 from vitq.graph import run
 from vitq.onnx_file.file import runnable
 from vitq.onnx_file.lowering import LoweredLayer, integer_quantizer
-from vitq.quantizers import IntegerQuantizer, LogGrid
+from vitq.quantizers import IntegerQuantizer, RowSquares
 from vitq.runtime import open_session
 
 TIE, NOISE = 1e-3, 6e-5
@@ -214,8 +214,8 @@ class _LayerComparison:
         return replaced
 
     def _compare_codes(self, layer: str, x: Tensor, found: Tensor, quantizer: IntegerQuantizer, noise: float) -> None:
-        codes, slack = quantizer.quantize(x), _slack(x, quantizer, noise)
-        ends = torch.stack([quantizer.integers(quantizer.quantize(x + side * slack)) for side in (-1, 1)])
+        codes = quantizer.quantize(x)
+        ends = torch.stack([quantizer.integers(end) for end in _ends(x, quantizer, noise)])
         neighbours = torch.stack([quantizer.integers((codes + step).clamp(0, highest_code(quantizer.bits))) for step in (-1, 0, 1)])
         mismatched = int(((found < ends.amin(0)) | (found > ends.amax(0))).sum())
         farther = int((found != neighbours).all(0).sum())  # a NaN equals nothing
@@ -237,7 +237,8 @@ class _LayerComparison:
     ) -> tuple[Tensor, Tensor]:
         """A layer's output from its codes, in float64, and by how much float32 may differ."""
         integers = [given.to(torch.float64) - quantizer.zero_point for given, quantizer in zip(codes, operands, strict=True)]
-        unit = torch.tensor(operands[0].scale, dtype=torch.float64)
+        rows = isinstance(operands[0], RowSquares)
+        unit = 1 / integers[0].sum(-1, keepdim=True) if rows else torch.tensor(operands[0].scale, dtype=torch.float64)
         bias = torch.zeros((), dtype=torch.float64)
         if layer.has_weight:
             weight = self._checkpoint.weights[layer.name]
@@ -253,11 +254,14 @@ class _LayerComparison:
         return products * unit + bias, ROUNDING * (products.abs().max() * unit + bias.abs())
 
 
-def _slack(x: Tensor, quantizer: IntegerQuantizer, noise: float) -> Tensor:
-    """How far x may be off, of x's shape; of a logarithm's argument, a part of itself."""
-    if isinstance(quantizer, LogGrid):
-        return x.abs() * max(TIE * quantizer.step, noise)
-    return torch.full_like(x, max(TIE * quantizer.scale, noise * float(x.abs().max()) if x.numel() else 0.0))
+def _ends(x: Tensor, quantizer: IntegerQuantizer, noise: float) -> tuple[Tensor, Tensor]:
+    """The codes of what is as far below x, and above, as x may be off."""
+    if isinstance(quantizer, RowSquares):
+        steps = quantizer.steps(x)
+        slack = (noise * steps).clamp_(min=TIE)
+        return (steps - slack).round_().clamp_(min=0), (steps + slack).round_().clamp_(max=highest_code(quantizer.bits))
+    slack = max(TIE * quantizer.scale, noise * float(x.abs().max()) if x.numel() else 0.0)
+    return quantizer.quantize(x - slack), quantizer.quantize(x + slack)
 
 
 _REPORT = "No file was written. This is a fault of the exporter or of onnxruntime: please report it, with the model's name and versions."

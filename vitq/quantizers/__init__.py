@@ -16,24 +16,24 @@ from torch import Tensor
 
 from vitq.quantizers.adalog import AdaLog
 from vitq.quantizers.log2 import Log2
-from vitq.quantizers.log_grid import LogGrid
 from vitq.quantizers.log_sqrt2 import LogSqrt2
 from vitq.quantizers.power_of_two_factor import PowerOfTwoFactor
+from vitq.quantizers.row_squares import RowSquares
 from vitq.quantizers.twin_grid import TwinGrid
 from vitq.quantizers.twin_uniform import TwinUniform
 from vitq.quantizers.uniform import Uniform
 
 __all__ = [
-    "INTEGER_QUANTIZERS", "QUANTIZERS", "AdaLog", "IntegerQuantizer", "Log2", "LogGrid", "LogSqrt2", "PowerOfTwoFactor", "Quantizer",
-    "TwinGrid", "TwinUniform", "Uniform", "from_json", "to_json",
+    "INTEGER_QUANTIZERS", "QUANTIZERS", "AdaLog", "IntegerQuantizer", "Log2", "LogSqrt2", "PowerOfTwoFactor", "Quantizer",
+    "RowSquares", "TwinGrid", "TwinUniform", "Uniform", "from_json", "to_json",
 ]  # fmt: skip
 
 
 class Quantizer(Protocol):
     """What every entry of `QUANTIZERS` offers; tests/test_quantizers.py holds each to the promises below.
 
-    A higher value never gets a lower x^, x^ itself is kept (but for log-grid's smallest), and a value of any size, 0 and infinities
-    included, has a code.
+    A higher value never gets a lower x^, x^ itself is kept, and a value of any size, 0 and infinities included, has a code. Of
+    row-squares all that holds within a row, the last axis.
     """
 
     @property
@@ -55,7 +55,10 @@ class Quantizer(Protocol):
 
 
 class IntegerQuantizer(Quantizer, Protocol):
-    """A quantizer that integer kernels can read: x^ = scale (integers - zero_point), the integers being uint8."""
+    """A quantizer that integer kernels can read: x^ = scale (integers - zero_point), the integers being uint8.
+
+    Of row-squares that is what is then divided by its sum over each row.
+    """
 
     @property
     def scale(self) -> float:
@@ -78,14 +81,14 @@ QUANTIZERS: dict[str, type[Any]] = {
     "log-sqrt2": LogSqrt2,
     "adalog": AdaLog,
     "twin-uniform": TwinUniform,
-    "log-grid": LogGrid,
     "twin-grid": TwinGrid,
     "power-of-two-factor": PowerOfTwoFactor,
+    "row-squares": RowSquares,
 }
 
 
-INTEGER_QUANTIZERS = (Uniform, LogGrid, TwinGrid)
-"""The kinds that are an `IntegerQuantizer`: what export writes, and what learns."""
+INTEGER_QUANTIZERS = (Uniform, RowSquares, TwinGrid)
+"""The kinds that are an `IntegerQuantizer`: what export writes."""
 
 
 def to_json(quantizer: Quantizer) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitq.checkpoint import Checkpoint
 from vitq.graph import Graph
+from vitq.quantizers import RowSquares
 from vitq.ranges import BINS, Batches, Histogram, add, histograms
 from vitq.report.findings import Bars, CloseUp, Panel
 
@@ -41,7 +42,8 @@ def close_ups(floats: Graph, checkpoint: Checkpoint, names: Iterable[str], batch
             if batches is not None:
                 title = "input" if before.has_weight else ("left input", "right input")[number]
                 quantizer = checkpoint.activations[other.tensor]
-                levels = quantizer.dequantize(torch.arange(2.0**quantizer.bits)) if 2**quantizer.bits <= _MANY else torch.empty(0)
+                shown = 2**quantizer.bits <= _MANY and not isinstance(quantizer, RowSquares)  # whose levels are other ones in each row
+                levels = quantizer.dequantize(torch.arange(2.0**quantizer.bits)) if shown else torch.empty(0)
                 panels.append(Panel(title, _bars(seen[0][one.tensor]), _bars(seen[1][other.tensor]), _plain(levels)))
         found.append(CloseUp(name, tuple(panels)))
     return tuple(found)

@@ -11,7 +11,7 @@ from vitq.rewrites.as_linear import convolutions_as_linears
 from vitq.rewrites.attention import couplings, rescale_attention
 from vitq.rewrites.batchnorm import fold_batchnorm
 from vitq.rewrites.biases import give_biases
-from vitq.rewrites.channels import ChannelRange
+from vitq.rewrites.channel_range import ChannelRange
 from vitq.rewrites.layernorm import fold_factors, fold_layernorms, foldable_norms, norm_readers
 from vitq.rewrites.own_weights import own_weights
 

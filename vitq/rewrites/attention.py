@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vitq.graph import Graph, assign, copy, tensor_of
+from vitq.graph.channels import carry, is_factor, numbered
 from vitq.graph.dataflow import BIJECTIVE, MATMULS, PARTIAL, optional_argument, reads_values
-from vitq.rewrites.channels import ChannelRange, carry, is_factor, numbered
+from vitq.rewrites.channel_range import ChannelRange
 
 _NEGLIGIBLE = 1e-6  # of the largest p: below it a channel keeps its scale
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vitq.graph import Graph, analyse, assign, copy, tensor_of
+from vitq.graph.channels import reaches_in_order
 from vitq.graph.dataflow import BIJECTIVE, CONVOLUTIONS, argument, aten, consumers, optional_argument, walk_back
 from vitq.rewrites.biases import bias_name, set_bias
-from vitq.rewrites.channels import reaches_in_order
 
 _BATCHNORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default}
 

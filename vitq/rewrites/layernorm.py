@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vitq.graph import Graph, analyse, assign, copy, tensor_of
+from vitq.graph.channels import arrives
 from vitq.graph.dataflow import BIJECTIVE, NORMS, PARTIAL, argument, aten, consumers, optional_argument
 from vitq.graph.layers import operand_nodes
 from vitq.rewrites.biases import bias_name, set_bias
-from vitq.rewrites.channels import ChannelRange, arrives
+from vitq.rewrites.channel_range import ChannelRange
 
 
 def foldable_norms(graph: Graph) -> dict[str, bool]:

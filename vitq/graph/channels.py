@@ -1,6 +1,5 @@
 """Proves where channels go in a chain of shape-only ops, by running the chain on the channels' own numbers."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,14 +8,6 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from vitq.graph.dataflow import aten, op_of, optional_argument
-
-
-@dataclass(frozen=True)
-class ChannelRange:
-    """The range of each channel of a value on the images: `low` and `high`, float32 (C,)."""
-
-    low: Tensor
-    high: Tensor
 
 
 def reaches_in_order(source: Node, source_axis: int, target: Node, target_axis: int) -> bool:
