@@ -99,6 +99,7 @@ def evaluate(
     with terminal.waiting("load"):
         subject = _open(artifact, loading, device)
         float_model = _reference(subject, reference, loading, run_dir)
+    terminal.resampled(subject.resampled)
     opened = open_for(
         subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names, subject.num_classes
     )
@@ -147,7 +148,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: its sha256, a function from images to the output, how to feed it, and what it says of its float model."""
+    """What is evaluated: its sha256, a function from images to the output, how to feed it, and what it says of its float model.
+
+    `resampled` is that of `LoadedModel`.
+    """
 
     name: str
     digest: str
@@ -157,6 +161,7 @@ class Subject:
     label_names: tuple[str, ...]
     folder: Path | None
     made_from: Mapping[str, Any]
+    resampled: tuple[str, ...] = ()
 
     @property
     def model_digest(self) -> str | None:
@@ -233,7 +238,9 @@ def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
     model = load(artifact, **loading.model_dump())
     made_from = {"model": {"source": artifact, "digest": model.digest}}
     runnable = on_device(model.module, device)
-    return Subject(artifact, model.digest, runnable, model.data_config, model.num_classes, model.label_names, None, made_from)
+    return Subject(
+        artifact, model.digest, runnable, model.data_config, model.num_classes, model.label_names, None, made_from, model.resampled
+    )
 
 
 def _reference(subject: Subject, given: str | None, loading: "LoadingOptions", run_dir: Path | None) -> "LoadedModel | None":

@@ -127,6 +127,7 @@ def profile(
     started = time.perf_counter()
     with terminal.waiting("load the model"):
         loaded = load(model, **loading.model_dump())
+    terminal.resampled(loaded.resampled)
     opened = open_for(
         loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names, loaded.num_classes
     )

@@ -121,8 +121,10 @@ def _read(artifact: str, loading: "LoadingOptions") -> Shown:
     from vitq.models import load
     from vitq.rewrites import prepare
 
-    graph, spec = prepare(load(artifact, **loading.model_dump()))
-    return Shown(_head("model", spec, {}) | {"unfused_attention": graph.unfused()}, layer_rows(graph.layers))
+    loaded = load(artifact, **loading.model_dump())
+    graph, spec = prepare(loaded)
+    more = {"unfused_attention": graph.unfused(), "resampled": list(loaded.resampled)}
+    return Shown(_head("model", spec, {}) | more, layer_rows(graph.layers))
 
 
 def _read_json(path: Path) -> Shown:
@@ -243,6 +245,7 @@ def _lines(found: Shown) -> list[str]:
     lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if isinstance(source, dict)]
     if fused := head.get("unfused_attention") or made_from.get("unfused_attention"):
         lines.append(f"attention stays fused in {counted(len(fused), 'place')}, so its matmuls are no layers: {', '.join(fused)}")
+    lines += [f"resampled to the size of the images: {table}" for table in head.get("resampled", [])[:1]]
     return [_filled(line) for line in lines]
 
 

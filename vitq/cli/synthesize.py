@@ -72,6 +72,7 @@ def synthesize(
     started = time.perf_counter()
     with terminal.waiting("load the model"):
         loaded = load(model, **loading.model_dump())
+    terminal.resampled(loaded.resampled)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}")
     if dry_run:
         told: list[float] = []
