@@ -151,6 +151,15 @@ def test_a_model_card(session: Path):
     assert refused.code == 2 and "README.md exists already" in refused.err
 
 
+def test_evaluate_proposes_what_is_not_there_yet(session: Path):
+    command = ("evaluate", "vitq-run/model.onnx", "--images", "images", "--num-images", 8)
+    assert vitq(*command, folder=session).err.endswith("next: vitq bench --baselines\n")
+    (session / "vitq-run" / "bench.json").write_text("{}")
+    assert vitq(*command, folder=session).err.endswith("next: vitq report\n")
+    (session / "vitq-run" / "report.html").touch()
+    assert vitq(*command, folder=session).err.endswith("next: vitq report --force\n")
+
+
 def test_evaluate_a_model_against_itself(session: Path):
     found = vitq("evaluate", "model", "--reference", "model", "--images", "images", "--json", folder=session).document
     assert (found["agreement"], found["top1_change"]) == (100, 0)

@@ -13,21 +13,10 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.bit_map import plan_map
-from vitq.cli.chain import (
-    LATENCY,
-    PLAN,
-    PROFILE,
-    Memory,
-    Reading,
-    digest_of,
-    in_folder,
-    output_path,
-    refuse_missing_in_run,
-    refuse_missing_sources,
-    run_folder,
-)
+from vitq.cli.chain import Memory, Reading, digest_of, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
+from vitq.commands import LATENCY, PLAN, PROFILE, in_folder, writing
 from vitq.errors import UsageError
 from vitq.units import counted, in_units
 
@@ -141,13 +130,14 @@ def allocate(
     if alone and output is not None:
         raise UsageError(f"-o {output} is for the plan, and --pareto alone makes none; give --budget 4.0 too, or leave -o out")
     from vitq.artifacts import load_profile, save
-    from vitq.latency import load_latency_table
+    from vitq.latency import MADE_BY, load_latency_table
 
-    if profile is None:
-        refuse_missing_in_run(folder / PROFILE, "vitq profile MODEL --images PATH")
     found = load_profile(profile or folder / PROFILE)
     limited = any(text.strip().startswith("latency=") for text in budget or ())
-    latencies = load_latency_table(latency_table or folder / LATENCY) if limited or latency_table else None
+    timed = latency_table or folder / LATENCY
+    latencies = load_latency_table(timed) if limited or latency_table else None
+    if latencies is not None:
+        latencies.check(found.layers, found.model.graph_digest, writing(MADE_BY, timed))
     path = output_path(output, folder, PLAN, force or alone)
     from vitq.allocation import Wishes, lay_out
     from vitq.allocation import allocate as choose

@@ -12,22 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import completion, options
-from vitq.cli.chain import (
-    BENCH,
-    LATENCY,
-    ONNX,
-    PROFILE,
-    REPORT,
-    Memory,
-    Reading,
-    file_digest,
-    in_folder,
-    output_path,
-    refuse_missing_sources,
-    run_folder,
-)
+from vitq.cli.chain import Memory, Reading, file_digest, next_with_latencies, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import BENCH, LATENCY, ONNX, PROFILE, REPORT, in_folder
 from vitq.errors import GateError, InputError, UsageError
 from vitq.units import counted, in_units
 
@@ -84,7 +72,7 @@ def bench(
     if layers:
         if len(files or ()) > 1 or len(batches) > 1 or baselines or max_ms is not None:
             raise UsageError("--layers measures one model at one --batch, no files: leave --baselines, --max-ms and further files out")
-        profile = files[0] if files and files[0].suffix == ".json" else folder / PROFILE
+        profile = files[0] if files and (files[0].suffix == ".json" or files[0].is_dir()) else folder / PROFILE
         _bench_layers(profile, batches[0], threads, rounds, output or folder / LATENCY, terminal)
         return
     files = files or [folder / ONNX]
@@ -149,8 +137,7 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
         f"{whole['mixed']['measured']:.4g} ms with those of every other block below, predicted {whole['mixed']['predicted']:.4g} ms"
     )
     terminal.result(table.model_dump(mode="json"), timing_table(table), *sums, f"wrote {path}")
-    command = f"vitq allocate --budget latency={whole['below']:.3g}ms"
-    terminal.next(in_folder(command, path, LATENCY) if path.name == LATENCY else f"{command} --latency-table {shlex.quote(str(path))}")
+    terminal.next(next_with_latencies(found, profile, table, path))
 
 
 def timing_table(table: "LatencyTable") -> "Table":

@@ -15,11 +15,12 @@ import typer
 
 from vitq.cli import options
 from vitq.cli.bench import usable_cores
-from vitq.cli.chain import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE, digest_of, refuse_unwritable
+from vitq.cli.chain import digest_of, refuse_unwritable
 from vitq.cli.evaluate import flat, save_result
 from vitq.cli.profile import remembering
 from vitq.cli.report import write_report
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE
 from vitq.errors import UsageError
 from vitq.units import in_decimals, in_units
 

@@ -11,20 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import completion, options
-from vitq.cli.chain import (
-    EVALUATION,
-    PROFILE,
-    REPORT,
-    Memory,
-    file_digest,
-    in_folder,
-    output_path,
-    refuse_missing_artifact,
-    refuse_missing_sources,
-)
+from vitq.cli.chain import Memory, file_digest, is_run_folder, output_path, refuse_missing_artifact, refuse_missing_sources
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import BENCH, EVALUATION, ONNX, PROFILE, in_run
 from vitq.errors import GateError, InputError, UsageError
 from vitq.intervals import COUNTED, wilson
 from vitq.units import counted
@@ -73,6 +64,10 @@ def evaluate(
 ) -> None:
     """Measure accuracy, and agreement with the float model."""
     terminal = Terminal(quiet, verbose, as_json)
+    if artifact and is_run_folder(Path(artifact)):
+        inside = Path(artifact, ONNX)
+        how = "" if inside.is_file() else f", once `{in_run('vitq export', inside.parent)}` has written it"
+        raise InputError(f"{artifact} is a run folder; give the file in it that is to be evaluated, such as {inside}{how}")
     refuse_missing_artifact(artifact, arch)
     if images is None and not verify:
         raise UsageError("evaluate needs images: give --images PATH, or --verify to check an ONNX file alone")
@@ -139,7 +134,8 @@ def evaluate(
     terminal.result(document, *([said] if said else []), f"{subject.name} on {counted(found.num_images, 'image')}", *_lines(found))
     _check(gates, document)
     if saved is not None:
-        terminal.next(in_folder("vitq report", saved / REPORT, REPORT))
+        timed = (saved / BENCH).is_file() or not (saved / ONNX).is_file()
+        terminal.next(in_run("vitq report" if timed else "vitq bench --baselines", saved))
     elif subject.folder is None:
         terminal.next(shlex.join(["vitq", "profile", artifact, *options.loading_words(loading), "--images", "PATH"]))
     else:

@@ -11,12 +11,13 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.bench import timing_table
-from vitq.cli.chain import CHECKPOINT, PLAN, PROFILE, REPORT, in_folder, output_path, refuse_missing_artifact
+from vitq.cli.chain import is_run_folder, next_with_latencies, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
-from vitq.cli.run_folder import folder_table, is_run_folder, read_folder
+from vitq.cli.run_folder import folder_table, read_folder
 from vitq.cli.saved_results import saved_result
 from vitq.cli.staircase_table import staircase_table
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import CHECKPOINT, PLAN, PROFILE, REPORT, in_folder
 from vitq.errors import InputError
 from vitq.units import counted, in_units
 
@@ -72,12 +73,13 @@ def show(
 def _next(artifact: str, head: dict[str, Any]) -> str:
     """What is done with such a thing."""
     folder = Path(artifact).parent
+    if head["kind"] == "latency table":
+        return _next_of_latencies(Path(artifact))
     commands = {
         "model": f"vitq profile {shlex.quote(artifact)} --images PATH",
         "images": f"vitq profile MODEL --images {shlex.quote(artifact)}",
         "profile": in_folder("vitq allocate --budget 4.0", Path(artifact), PROFILE),
         "staircase": in_folder("vitq allocate --budget 4.0", folder / PROFILE, PROFILE),
-        "latency table": in_folder("vitq allocate --budget latency=4.0ms", folder / PROFILE, PROFILE),
         "plan": in_folder("vitq calibrate", Path(artifact), PLAN),
         "calibrated model": in_folder("vitq export", Path(artifact), CHECKPOINT),
         "exported model": f"vitq evaluate {shlex.quote(artifact)} --images PATH",
@@ -85,6 +87,17 @@ def _next(artifact: str, head: dict[str, Any]) -> str:
     return commands.get(
         head["kind"], in_folder("vitq report", (Path(artifact) if head["kind"] == "run folder" else folder) / REPORT, REPORT)
     )
+
+
+def _next_of_latencies(path: Path) -> str:
+    from vitq.artifacts import load_profile
+    from vitq.latency import load_latency_table
+
+    beside, table = path.parent / PROFILE, load_latency_table(path)
+    profile = load_profile(beside) if beside.is_file() else None
+    if profile is None or profile.model.graph_digest != table.graph_digest:
+        return in_folder("vitq allocate --budget 4.0", beside, PROFILE)
+    return next_with_latencies(profile, beside, table, path)
 
 
 @dataclass(frozen=True)

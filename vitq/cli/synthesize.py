@@ -10,9 +10,10 @@ import typer
 
 from vitq import __version__
 from vitq.cli import completion, options
-from vitq.cli.chain import IMAGES, output_path, refuse_missing_sources, run_folder
+from vitq.cli.chain import output_path, refuse_missing_sources, run_folder
 from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.terminal import Terminal
+from vitq.commands import IMAGES
 from vitq.errors import UsageError
 from vitq.units import counted, in_minutes
 
