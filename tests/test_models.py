@@ -1,12 +1,13 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitq.errors import InputError
@@ -69,6 +70,17 @@ def test_attention_is_unfused_and_timms_switch_is_put_back(tmp_path):
     loaded = load(str(folder(tmp_path)))
     assert not any(getattr(module, "fused_attn", False) for module in loaded.module.modules())
     assert timm.layers.use_fused_attn()
+
+
+def test_a_config_as_the_readme_has_it_describes_a_bare_file(demo_data, tmp_path):
+    (described,) = re.findall(r"```json\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "config.json").write_text(described)
+    tensors = load_file(demo_data / "vit_cifar10" / "model.safetensors")
+    save_file(tensors, tmp_path / "my_vit.safetensors")
+    loaded = load(str(tmp_path / "my_vit.safetensors"))
+    assert loaded.data_config["mean"] == [0.49, 0.48, 0.45] and loaded.data_config["input_size"] == [3, 32, 32] and not loaded.resampled
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded.module(images), load(str(demo_data / "vit_cifar10")).module(images))
 
 
 def test_input_size_in_the_config_shapes_the_model(tmp_path):
