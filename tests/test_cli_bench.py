@@ -11,6 +11,8 @@ from cli_session import vitq
 
 from vitq.allocation import allocate
 from vitq.artifacts import WIDTHS, Profile, load_plan, load_profile
+from vitq.bench import Row
+from vitq.cli.bench import bench_tables
 from vitq.latency import LatencyTable, Timing
 
 ROW = {"name", "batch", "threads", "median_ms", "p90_ms", "images_per_second", "speedup"}
@@ -36,6 +38,20 @@ def test_files_and_baselines_in_one_document(session: Path):
     assert all(found["load_ms"] > 0 and found["peak_memory_bytes"] != 0 for found in files.values())
     assert json.loads((session / "vitq-run" / "bench.json").read_text()) == done.document
     assert sorted(path.name for path in session.iterdir()) == ["again.onnx", "images", "model", "vitq-run"]
+
+
+def test_speedups_are_over_float32_where_it_is_measured():
+    rows = [
+        Row(name, batch, 1, ms * batch, ms, 1.0, 2.0 / ms) for batch in (1, 3) for name, ms in (("a", 2.0), ("float32", 4.0), ("b", 1.0))
+    ]
+
+    def shown(rows: list[Row]) -> tuple[str, list[str]]:
+        table = bench_tables(rows, [])[0]
+        return str(table.columns[-1].header), [str(cell) for cell in table.columns[-1].cells]
+
+    assert shown(rows) == ("speedup\nvs float32", ["2.00", "1.00", "4.00"] * 2)
+    assert shown([row for row in rows if row.name != "float32"]) == ("speedup\nvs first", ["1.00", "2.00"] * 2)
+    assert shown(rows[:1]) == ("speedup", ["1.00"])
 
 
 def test_bare_it_takes_the_run_folders_file_and_replaces_its_own_result(session: Path):

@@ -212,6 +212,20 @@ def test_a_damaged_file_names_the_command_that_makes_it_again_there(session: Pat
         assert f"`{again.replace(' --force', '')}` writes it" in refused(session, 3, *command, "--run-dir", "r 2")
 
 
+@pytest.mark.parametrize("content", ["{", "{}", '{"format": "other/1"}'])
+def test_show_names_the_command_that_makes_a_damaged_file(session: Path, content: str):
+    commands = {"plan.json": "vitq allocate --budget 4.0 --force", "latency.json": "vitq bench --layers", "bench.json": "vitq bench"}
+    commands |= {"profile.json": "vitq profile MODEL --images PATH --force", "staircase.json": "vitq allocate --pareto FILE"}
+    for name, command in commands.items():
+        (session / "vitq-run" / name).write_text(content)
+        assert f"`{command}`" in refused(session, 3, "show", f"vitq-run/{name}")
+    (session / "notes.json").write_text(content)
+    message = refused(session, 3, "show", "notes.json")
+    assert "give a profile, a plan, a staircase" in message and "vitq profile" not in message
+    assert "`vitq allocate --budget 4.0 -o new/plan.json`" not in refused(session, 3, "show", "new/plan.json")
+    assert "`vitq allocate --budget 4.0 --run-dir new` writes it" in refused(session, 3, "show", "new/plan.json")
+
+
 def test_a_missing_file_of_the_usual_folder_says_how_to_name_another(session: Path):
     (session / "vitq-run" / "plan.json").unlink()
     message = refused(session, 3, "calibrate", "--force")
@@ -267,7 +281,10 @@ def test_an_output_that_is_a_folder(session: Path):
             "metric 'luck' is not known; give one of output-fisher",
         ),
         (("profile", "model", "--images", "images", "--force", "--model-kwargs", "depth"), "give key=value"),
-        (("profile", "model", "--images", "images", "--force", "--device", "abacus"), "--device 'abacus' cannot be used here"),
+        (
+            ("profile", "model", "--images", "images", "--force", "--device", "abacus"),
+            "--device 'abacus' cannot be used here; give cpu, or, where there is a GPU, cuda or cuda:N\n",
+        ),
         (("finetune", "--images", "images", "--aa", "rand-x9"), "--aa 'rand-x9' is no policy of timm's; give rand-m9-mstd0.5 or the like"),
         (("finetune", "--images", "images", "--aa", "rand-mX"), "--aa 'rand-mX' is no policy of timm's; give rand-m9-mstd0.5 or the like"),
         (("finetune", "--images", "images", "--aa", "rand-m9-n"), "--aa 'rand-m9-n' is no policy of timm's"),

@@ -174,17 +174,20 @@ def allocate(
     terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
     if budget and all(entry.name in plan.fixed for entry in plan.layers):
         terminal.note("every layer is fixed, so there was nothing to buy: averages are of the layers that are not")
-    if uniform is None and (lowest := _no_choice(plan, min(found.costs[plan.made_from["allocation"]["metric"]].bits))) is not None:
-        terminal.note(f"the budget leaves no choice: every searched layer gets {lowest} bits, the fewest; more than that is a choice")
+    same = None if uniform is not None else _no_choice(plan, found.costs[plan.made_from["allocation"]["metric"]].bits)
+    if same is not None and same[0] == same[1]:
+        terminal.note(f"the budget leaves no choice: every searched layer gets {same[0]} bits, the fewest; more than that is a choice")
+    elif same is not None:
+        terminal.note(f"the budget does not bind: every searched layer gets {same[0]} bits, the most; less than that is a choice")
     terminal.next(in_folder("vitq calibrate", path, PLAN))
 
 
-def _no_choice(plan: "BitPlan", fewest: int) -> int | None:
-    """The bits of every searched layer where all have the fewest that were to be chosen from, such as an average of 2 from 2, 3 and 4."""
-    fewest = min(plan.made_from["allocation"].get("bits") or [fewest])
+def _no_choice(plan: "BitPlan", priced: Sequence[int]) -> tuple[int, int] | None:
+    """(The bits of every searched layer, the fewest) where all have the fewest, or all the most, that were to be chosen from."""
+    bits = plan.made_from["allocation"].get("bits") or priced
     searched = [entry for entry in plan.layers if entry.name not in plan.fixed]
     widths = {bits for entry in searched for bits in (entry.weight_bits, entry.activation_bits) if bits is not None}
-    return fewest if widths == {fewest} else None
+    return (widths.pop(), min(bits)) if widths in ({min(bits)}, {max(bits)}) else None
 
 
 @contextmanager

@@ -172,17 +172,24 @@ def _baselines(file: Path, folder: Path, reference: str | None, images: str | No
 
 
 def bench_tables(rows: "Sequence[Row | Timed]", loaded: Sequence[Mapping[str, Any]]) -> "list[Table]":
-    """What was timed, then what was loaded."""
+    """What was timed, speedups over float32 where it was, else over the first file; then what was loaded."""
     memories = [None if found["peak_memory_bytes"] is None else in_units(found["peak_memory_bytes"], "B") for found in loaded]
+    base = "float32" if any(row.name == "float32" for row in rows) else rows[0].name if rows else ""
+    medians = {row.batch: row.median_ms for row in rows if row.name == base}
+    over = "speedup\nvs float32" if base == "float32" else "speedup\nvs first" if len({row.name for row in rows}) > 1 else "speedup"
+
+    def speedup(row: "Row | Timed") -> str:
+        return f"{medians[row.batch] / row.median_ms:.2f}" if row.batch in medians else "-"
+
     timed = [
-        (row.name, str(row.batch), f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}", f"{row.speedup:.2f}")
+        (row.name, str(row.batch), f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}", speedup(row))
         for row in rows
     ]
     files = [
         (found["name"], in_units(found["file_bytes"], "B"), f"{found['load_ms']:.0f}", memory or "-")
         for found, memory in zip(loaded, memories, strict=True)
     ]
-    tables = [plain_table(("latency", "batch", "median ms", "p90 ms", "images/s", "speedup"), timed)]
+    tables = [plain_table(("latency", "batch", "median ms", "p90 ms", "images/s", over), timed)]
     return tables + ([plain_table(("loading", "file", "ms", "peak memory"), files)] if files else [])
 
 

@@ -195,10 +195,12 @@ def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
 
     if artifact and is_run_folder(Path(artifact)):
         return
-    if (suffix := Path(artifact).suffix) in (".onnx", ".json"):
-        refuse_missing(artifact, "vitq export" if suffix == ".onnx" else "vitq profile MODEL --images PATH")
+    path = Path(artifact)
+    if (suffix := path.suffix) in (".onnx", ".json"):
+        commands = {PLAN: "vitq allocate --budget 4.0", LATENCY: "vitq bench --layers"}
+        refuse_missing(artifact, "vitq export" if suffix == ".onnx" else commands.get(path.name, "vitq profile MODEL --images PATH"))
         return
-    if suffix != ".safetensors" and Path(artifact).is_file():
+    if suffix != ".safetensors" and path.is_file():
         from vitq.weights import SUFFIXES
 
         if suffix not in SUFFIXES:

@@ -13,7 +13,7 @@ import typer
 from vitq.cli import completion, options
 from vitq.cli.chain import Memory, file_digest, is_run_folder, output_path, refuse_missing_artifact, refuse_missing_sources
 from vitq.cli.dry_run import say_estimate, trial_size, tried
-from vitq.cli.opening import open_for, say_foreign
+from vitq.cli.opening import class_folders, open_for, say_foreign
 from vitq.cli.terminal import Terminal, json_text
 from vitq.commands import BENCH, EVALUATION, ONNX, PROFILE, in_run
 from vitq.errors import GateError, InputError, UsageError
@@ -103,7 +103,10 @@ def evaluate(
     _refuse_unmeasurable(gates, subject.num_classes, labelled, float_model is not None)
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
     if not labelled and subject.num_classes:
-        terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
+        wanted = class_folders(subject.num_classes, subject.label_names)
+        terminal.note(
+            f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy; for it, give {wanted}"
+        )
     if float_model is None and (subject.folder is not None or not labelled):
         nothing = "" if labelled else ": nothing is measured"
         terminal.note(f"no float model is known to compare with{nothing}; give it with --reference MODEL")

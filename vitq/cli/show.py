@@ -17,7 +17,7 @@ from vitq.cli.run_folder import folder_table, read_folder
 from vitq.cli.saved_results import saved_result
 from vitq.cli.staircase_table import staircase_table
 from vitq.cli.terminal import Terminal, json_text
-from vitq.commands import CHECKPOINT, PLAN, PROFILE, REPORT, in_folder
+from vitq.commands import CHECKPOINT, LATENCY, PLAN, PROFILE, REPORT, STAIRCASE, in_folder
 from vitq.errors import InputError
 from vitq.units import counted, in_units
 
@@ -141,13 +141,13 @@ def _read(artifact: str, loading: "LoadingOptions") -> Shown:
 
 
 def _read_json(path: Path) -> Shown:
-    from vitq.artifacts import BitPlan, Staircase, load_plan, load_profile, load_staircase
+    from vitq.artifacts import BitPlan, Profile, Staircase, load_plan, load_profile, load_staircase
     from vitq.latency import LatencyTable, load_latency_table
 
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        kind = None  # load_profile says what is wrong
+        kind = None  # what loads it says what is wrong
     if isinstance(kind, dict) and kind.get("format") == BitPlan.model_fields["format"].default:
         plan = load_plan(path)
         head = _head("plan", plan.model, plan.made_from) | {"fixed": list(plan.fixed)}
@@ -167,6 +167,12 @@ def _read_json(path: Path) -> Shown:
     if isinstance(kind, dict) and kind.get("format") == LatencyTable.model_fields["format"].default:
         table = load_latency_table(path)
         return Shown({"kind": "latency table"} | table.model_dump(mode="json"), [], tables=[*_latency_lines(table), timing_table(table)])
+    known = {PLAN: load_plan, STAIRCASE: load_staircase, LATENCY: load_latency_table}
+    if path.name in known:
+        known[path.name](path)
+    if path.name != PROFILE and (not isinstance(kind, dict) or kind.get("format") != Profile.model_fields["format"].default):
+        what = "cannot be read as JSON" if kind is None else "holds nothing that vitq writes"
+        raise InputError(f"{path} {what}; give a profile, a plan, a staircase, a latency table, evaluate.json or bench.json")
     profile = load_profile(path)
     head = _head("profile", profile.model, profile.made_from) | {"costs": {n: t.model_dump(mode="json") for n, t in profile.costs.items()}}
     return Shown(head, layer_rows(profile.layers), profile)

@@ -99,7 +99,7 @@ def finetune(
     training.check()
     if training.distillation.hard and not (model.num_classes and images.labelled):
         why = f"{images.source} has no labels" if model.num_classes else f"{model.source} is no classifier"
-        raise InputError(f"{why}; give --hard 0 to learn from the float model alone, or images in class folders")
+        raise InputError(f"{why}; give --hard 0 to learn from the float model alone, or images in a folder for each of its classes")
     held, rows = _split(images)
     share = (processes.rank, processes.count)
     source = TrainingImages(
