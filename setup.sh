@@ -2,6 +2,7 @@
 #
 #   source setup.sh          what vitq needs
 #   source setup.sh dev      also what its tests need
+#   source setup.sh docs     also what its documentation needs
 #
 # Installs only when pyproject.toml has changed since the last time. PYTHON=COMMAND chooses the Python of a new environment,
 # VITQ_VENV=/A/FOLDER its place. Needs bash, Python 3.11 or later with venv, and a network the first time.

@@ -19,7 +19,12 @@ class Classifier:
     """An exported file, ready to run."""
 
     def __init__(self, path: str) -> None:
-        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        if not Path(path).is_file():
+            sys.exit(f"{path} does not exist; give a file that `vitq export` wrote")
+        try:
+            self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own types are not public
+            sys.exit(f"{path} cannot be loaded: {str(error).splitlines()[0]}; give a file that `vitq export` wrote")
         metadata = self._session.get_modelmeta().custom_metadata_map
         if "vitq.session_options" in metadata:  # of `vitq export --attention-int8`: slower without
             options = onnxruntime.SessionOptions()

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A module or package of vitq may import those of the lines below its own, and its own files; nothing on its own line.
 FLOORS = (
-    ("errors", "choices", "units"),
+    ("errors", "choices", "units", "commands"),
     ("whole",),
     ("artifacts",),
     ("affine", "grid", "images", "intervals", "latency", "moments", "preparation", "processor", "weights"),
@@ -52,7 +52,7 @@ LIBRARIES = {
     "typer": {"report", "cli"},
     "click": {"report", "cli"},
     "torch": set(FLOOR)
-    - {"errors", "choices", "artifacts", "grid", "intervals", "latency", "preparation", "processor", "units", "allocation"},
+    - {"errors", "choices", "commands", "artifacts", "grid", "intervals", "latency", "preparation", "processor", "units", "allocation"},
 } | {name: set() for name in ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
 
 # Libraries that another name in pyproject.toml brings.

@@ -89,10 +89,13 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_whole(tmp_pat
     ("text", "message"),
     [
         ("", r"plan\.json cannot be read as JSON"),
-        (dump(PLAN)[:-30], r"plan\.json cannot be read as JSON: .*`vitq allocate --budget 4\.0` writes a new one"),
+        (dump(PLAN)[:-30], r"plan\.json cannot be read as JSON: .*`vitq allocate --budget 4\.0 --force --run-dir \S+` writes a new one"),
         ("\x00\xff", "is no JSON but another kind of file"),
         ("[]", r"is not a vitq-plan/1 file \(found 'list'\)"),
-        (dump(PROFILE), r"is not a vitq-plan/1 file \(found 'vitq-profile/1'\); `vitq allocate --budget 4\.0` writes one"),
+        (
+            dump(PROFILE),
+            r"is not a vitq-plan/1 file \(found 'vitq-profile/1'\); `vitq allocate --budget 4\.0 --force --run-dir \S+` writes one",
+        ),
         (dump(PLAN).replace("vitq-plan/1", "vitq-plan/2"), r"is not a vitq-plan/1 file \(found 'vitq-plan/2'\)"),
         (dump(PLAN).replace('"bops": ', '"bops": 1e999, "x": '), "1e999 is not a finite number"),
         (dump(PLAN).replace('"bops": ', '"bops": NaN, "x": '), "NaN is not a finite number"),
@@ -115,9 +118,9 @@ def test_a_damaged_plan_says_where_and_what_to_do(text: str, message: str, tmp_p
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"plan\.json does not exist; `vitq allocate --budget 4\.0` writes it"):
+    with pytest.raises(InputError, match=r"plan\.json does not exist; `vitq allocate --budget 4\.0 --run-dir \S+` writes it"):
         load_plan(tmp_path / "plan.json")
-    with pytest.raises(InputError, match="cannot be read as JSON: .*Is a directory"):
+    with pytest.raises(InputError, match=" is a folder; give the file that `vitq profile MODEL --images PATH` writes"):
         load_profile(tmp_path)
 
 

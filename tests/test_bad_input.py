@@ -126,7 +126,7 @@ INPUT: dict[str, tuple[str, ...]] = {
     "profile model --images images --force --explain model/config.json": ("config.json cannot be read as a picture", "give a PNG"),
     "allocate vitq-run/plan.json --budget 4 --force": ("not a vitq-profile/1 file", "vitq profile"),
     "allocate vitq-run/model.onnx --budget 4 --force": ("is no JSON but another kind of file", "vitq profile"),
-    "allocate vitq-run --budget 4 --force": ("Is a directory", "vitq profile"),
+    "allocate vitq-run --budget 4 --force": ("vitq-run is a folder", "give vitq-run/profile.json, or --run-dir vitq-run"),
     "allocate --force --budget latency=1ms --latency-table vitq-run/plan.json": ("not a vitq-latency/1 file", "vitq bench --layers"),
     "calibrate vitq-run/profile.json --force": ("not a vitq-plan/1 file", "vitq allocate"),
     "calibrate vitq-run/model.safetensors --force": ("is no JSON but another kind of file", "vitq allocate"),
@@ -134,11 +134,14 @@ INPUT: dict[str, tuple[str, ...]] = {
     "calibrate --force --images model": ("model holds no images", "give a folder"),
     "export vitq-run/plan.json --force": ("vitq-run/plan.json is no calibrated model", "vitq calibrate"),
     "export model/model.safetensors --force": ("is not a calibrated model", "vitq calibrate"),
-    "export vitq-run --force": ("vitq-run is a folder", "vitq calibrate"),
+    "export vitq-run --force": ("vitq-run is a folder", "give vitq-run/model.safetensors, or --run-dir vitq-run"),
     "export --force --images vitq-run/plan.json": ("no source of images", "give a folder"),
+    "evaluate vitq-run --images images": ("vitq-run is a run folder", "such as vitq-run/model.onnx"),
+    "profile vitq-run --images images --force": ("vitq-run is a run folder, no MODEL", "--run-dir vitq-run to work in that folder"),
+    "bench --layers vitq-run": ("vitq-run is a folder", "give vitq-run/profile.json, or --run-dir vitq-run"),
     "evaluate vitq-run/plan.json --images images": ("vitq-run/plan.json is nothing to evaluate", "an exported .onnx"),
     "evaluate vitq-run/model.onnx --images images --reference vitq-run/model.safetensors": ("not a float MODEL", "give the model"),
-    "bench vitq-run": ("vitq-run is a folder", "vitq export"),
+    "bench vitq-run": ("vitq-run is a folder", "give vitq-run/model.onnx, or --run-dir vitq-run"),
     "bench vitq-run/model.safetensors": ("vitq-run/model.safetensors is no ONNX file", "vitq export"),
     "bench --layers vitq-run/plan.json": ("not a vitq-profile/1 file", "vitq profile"),
     "report images": ("images holds nothing that vitq wrote", "vitq profile"),
@@ -214,7 +217,11 @@ def test_a_checkpoint_that_changed_between_stages(session: Path, tmp_path: Path)
     for command in (("calibrate", "--force"), ("evaluate", "vitq-run/model.onnx", *ON)):
         done = vitq(*command, folder=spoilt)
         assert done.code == 3
-        assert "the weights of model are not those that" in done.err and "have changed" in done.err and "`vitq profile` again" in done.err
+        assert (
+            "the weights of model are not those that" in done.err
+            and "have changed" in done.err
+            and "`vitq profile MODEL --images PATH --force` again" in done.err
+        )
     (spoilt / "vitq-run" / "plan.json").write_text(
         (spoilt / "vitq-run" / "plan.json").read_text().replace('"weight_bits": 8', '"weight_bits": 7')
     )

@@ -100,7 +100,7 @@ def test_rows_follow_from_the_medians(tmp_path: Path, float_file: Path):
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(InputError, match=r"gone\.onnx does not exist; `vitq export` writes it"):
+    with pytest.raises(InputError, match=r"gone\.onnx does not exist; `vitq export -o \S*gone\.onnx` writes it"):
         latencies([tmp_path / "gone.onnx"], torch.zeros(1, 3, 32, 32))
 
 

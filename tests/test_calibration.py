@@ -346,7 +346,7 @@ def test_a_truncated_file_is_refused(length: int, saved: Path, tmp_path: Path):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match="nothing.safetensors does not exist; `vitq calibrate` writes it"):
+    with pytest.raises(InputError, match="nothing.safetensors does not exist; `vitq calibrate -o \\S+` writes it"):
         checkpoints.load(tmp_path / "nothing.safetensors")
     foreign = tmp_path / "foreign.safetensors"
     save_file({"head.weight": torch.zeros(2, 2)}, foreign, metadata={"format": "pt"})

@@ -2,11 +2,18 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from cli_session import vitq
+
+from vitq.allocation import allocate
+from vitq.artifacts import WIDTHS, Profile, load_plan, load_profile
+from vitq.bench import Row
+from vitq.cli.bench import bench_tables
+from vitq.latency import LatencyTable, Timing
 
 ROW = {"name", "batch", "threads", "median_ms", "p90_ms", "images_per_second", "speedup"}
 
@@ -31,6 +38,20 @@ def test_files_and_baselines_in_one_document(session: Path):
     assert all(found["load_ms"] > 0 and found["peak_memory_bytes"] != 0 for found in files.values())
     assert json.loads((session / "vitq-run" / "bench.json").read_text()) == done.document
     assert sorted(path.name for path in session.iterdir()) == ["again.onnx", "images", "model", "vitq-run"]
+
+
+def test_speedups_are_over_float32_where_it_is_measured():
+    rows = [
+        Row(name, batch, 1, ms * batch, ms, 1.0, 2.0 / ms) for batch in (1, 3) for name, ms in (("a", 2.0), ("float32", 4.0), ("b", 1.0))
+    ]
+
+    def shown(rows: list[Row]) -> tuple[str, list[str]]:
+        table = bench_tables(rows, [])[0]
+        return str(table.columns[-1].header), [str(cell) for cell in table.columns[-1].cells]
+
+    assert shown(rows) == ("speedup\nvs float32", ["2.00", "1.00", "4.00"] * 2)
+    assert shown([row for row in rows if row.name != "float32"]) == ("speedup\nvs first", ["1.00", "2.00"] * 2)
+    assert shown(rows[:1]) == ("speedup", ["1.00"])
 
 
 def test_bare_it_takes_the_run_folders_file_and_replaces_its_own_result(session: Path):
@@ -62,14 +83,47 @@ def test_the_gate_is_on_the_files_that_are_given(session: Path, limit: float, co
         assert "vitq-run/model.onnx takes " in done.err and "ms at batch 2, above --max-ms 1e-06; " in done.err
 
 
+def made_up_table(profile: Profile, slower: float) -> LatencyTable:
+    """Every layer takes 0.01 ms at 8 bits, and `slower` times as much below."""
+    forms = [((8,), 0.01), ((2, 3, 4, 5, 6, 7), 0.01 * slower)]
+    timings = [
+        Timing(layers=(layer.name,), weight_bits=WIDTHS if layer.has_weight else None, activation_bits=bits, ms=ms)
+        for layer in profile.layers
+        for bits, ms in forms
+    ]
+    made_from = {"whole_ms": {"8": 1.0, "below": 2.0, "mixed": {"measured": 1.5, "predicted": 1.5}}}
+    model = profile.model
+    of = {"architecture": model.architecture, "graph_digest": model.graph_digest, "batch": 1, "threads": 1, "made_from": made_from}
+    return LatencyTable(**of, rest_ms=0.1, timings=tuple(timings))
+
+
+@pytest.mark.parametrize(("slower", "option"), [(2.0, ()), (2.0, ("-o", "other.json")), (1.0, ())])
+def test_a_latency_that_is_proposed_binds(session: Path, slower: float, option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    shutil.move(session / "vitq-run", session / "r 2")
+    profile = load_profile(session / "r 2" / "profile.json")
+    table = made_up_table(profile, slower)
+    monkeypatch.setattr("vitq.bench.layers.latency_table", lambda *_: table)
+    said = vitq("bench", "--layers", "--run-dir", "r 2", *option, folder=session)
+    assert said.code == 0, said.err
+    command = shlex.split(said.err.rpartition("next: ")[2])
+    assert "--force" in command and ("other.json" in command) == bool(option)  # there is a plan
+    done = vitq(*command[1:], folder=session)
+    assert done.code == 0, done.err
+    taken, free = load_plan(session / "r 2" / "plan.json").summary, allocate(profile, ["4.0"], latencies=table).report
+    bound = [float(word.removeprefix("latency=").removesuffix("ms")) for word in command if word.startswith("latency=")]
+    assert len(bound) == (slower > 1) and all(taken["latency_ms"] <= limit < free["latency_ms"] for limit in bound)
+    shown = vitq("show", "r 2/latency.json", folder=session)
+    assert option or shlex.split(shown.err.rpartition("next: ")[2]) == command
+
+
 def test_faults(session: Path):
     shutil.copy(session / "vitq-run" / "model.onnx", session / "alone.onnx")
     shutil.rmtree(session / "model")
     (session / "damaged.onnx").write_bytes(b"no model")
     for arguments, code, message in (
-        (("gone.onnx",), 3, "gone.onnx does not exist; `vitq export` writes it"),
+        (("gone.onnx",), 3, "gone.onnx does not exist; `vitq export -o gone.onnx` writes it"),
         (("damaged.onnx",), 3, "damaged.onnx cannot be loaded by onnxruntime"),
-        (("alone.onnx", "--baselines"), 3, "give it with --reference, or run `vitq profile` again"),
+        (("alone.onnx", "--baselines"), 3, "give it with --reference, or run `vitq profile MODEL --images PATH --force` again"),
         (("alone.onnx", "--baselines", "--reference", "gone"), 3, "'gone' is no file, folder or timm model"),
         (("alone.onnx", "--batch", 0), 2, "--batch"),
     ):

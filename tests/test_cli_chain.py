@@ -28,6 +28,7 @@ from vitq.errors import UsageError
 from vitq.images import open_images, read_image
 from vitq.models import load
 from vitq.runtime import onnx_metadata
+from vitq.whole import locked
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,15 @@ def test_a_model_card(session: Path):
     assert refused.code == 2 and "README.md exists already" in refused.err
 
 
+def test_evaluate_proposes_what_is_not_there_yet(session: Path):
+    command = ("evaluate", "vitq-run/model.onnx", "--images", "images", "--num-images", 8)
+    assert vitq(*command, folder=session).err.endswith("next: vitq bench --baselines\n")
+    (session / "vitq-run" / "bench.json").write_text("{}")
+    assert vitq(*command, folder=session).err.endswith("next: vitq report\n")
+    (session / "vitq-run" / "report.html").touch()
+    assert vitq(*command, folder=session).err.endswith("next: vitq report --force\n")
+
+
 def test_evaluate_a_model_against_itself(session: Path):
     found = vitq("evaluate", "model", "--reference", "model", "--images", "images", "--json", folder=session).document
     assert (found["agreement"], found["top1_change"]) == (100, 0)
@@ -175,6 +185,7 @@ def test_unlabelled_images_have_no_top1(session: Path):
     shutil.rmtree(session / "images" / "class0")  # labels would mean other classes than the model's
     found = vitq("evaluate", "vitq-run/model.onnx", "--images", "images", "--json", folder=session)
     assert "top1" not in found.document and "has no labels of the model's 5 classes" in found.err
+    assert "give 5 folders whose names, in natural order (class2 before class10), stand for classes 0 to 4" in found.err
 
 
 @pytest.mark.parametrize(
@@ -265,6 +276,13 @@ def test_a_budget_that_leaves_no_choice_says_so(session: Path, tmp_path: Path, b
     done = vitq("allocate", "--budget", budget, "--bits", "2,3,4", "-o", tmp_path / "plan.json", folder=session)
     said = "the budget leaves no choice: every searched layer gets 2 bits, the fewest; more than that is a choice" in done.err
     assert done.code == 0 and said == forced
+
+
+@pytest.mark.parametrize(("budget", "loose"), [("9", True), ("size=1GB", True), ("7.5", False)])
+def test_a_budget_above_all_that_can_be_bought_says_so(session: Path, tmp_path: Path, budget: str, loose: bool):
+    done = vitq("allocate", "--budget", budget, "-o", tmp_path / "plan.json", folder=session)
+    said = "the budget does not bind: every searched layer gets 8 bits, the most; less than that is a choice" in done.err
+    assert done.code == 0 and said == loose
 
 
 def test_an_artifact_by_path_makes_its_folder_the_run_folder(session: Path):
@@ -423,6 +441,29 @@ def test_the_demo_proposes_to_look_at_its_report(tmp_path: Path):
     *command, address = shlex.split(looking_at(tmp_path / "a ö" / "report.html"))
     assert command == ["python3", "-m", "webbrowser"]
     assert address.startswith("file:///") and url2pathname(urlsplit(address).path) == str(tmp_path / "a ö" / "report.html")
+
+
+def test_a_demo_that_was_ended_begins_anew_without_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def killed(model: str) -> None:
+        asked.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitq.models.load", killed)
+    assert vitq("demo", folder=tmp_path).code == 130
+    (tmp_path / "vitq-demo" / "plan.json").write_text("half of it")
+    assert vitq("demo", folder=tmp_path).code == 130 and len(asked) == 2
+    (mark,) = (tmp_path / "vitq-demo").glob(".*")
+    with locked(mark):
+        at_work = vitq("demo", folder=tmp_path)
+    assert at_work.code == 2 and "another demo is at work in vitq-demo" in at_work.err
+    mark.unlink()  # as a finished demo leaves it, or somebody's own folder
+    refused = vitq("demo", folder=tmp_path)
+    assert refused.code == 2 and "vitq-demo exists already; give --force" in refused.err and len(asked) == 2
+    monkeypatch.setattr("vitq.cli.demo._make", lambda folder, terminal: (folder / "report.html").touch())
+    assert vitq("demo", "--force", folder=tmp_path).code == 0
+    assert {path.name for path in (tmp_path / "vitq-demo").iterdir()} == {"plan.json", "report.html"}
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ class Malicious:
         (("allocate", "--budget", "4"), "profile.json does not exist; `vitq profile MODEL --images PATH --run-dir new` writes it"),
         (("calibrate",), "plan.json does not exist; `vitq allocate --budget 4.0 --run-dir new` writes it"),
         (("export",), "model.safetensors does not exist; `vitq calibrate --run-dir new` writes it"),
-        (("evaluate", "gone.onnx", "--images", "images"), "gone.onnx does not exist; `vitq export` writes it"),
+        (("evaluate", "gone.onnx", "--images", "images"), "gone.onnx does not exist; `vitq export -o gone.onnx` writes it"),
         (("show", "gone.json"), "gone.json does not exist"),
         (("profile", "", "--images", "images"), "the name of the MODEL is empty; give a timm local folder"),
         (("profile", "model", "--images", ""), "the path of the images is empty; give a folder of images"),
@@ -141,12 +141,21 @@ def test_an_output_that_exists(session: Path, command: tuple[str, ...], monkeypa
         (("profile", "gone", "--images", "images"), "'gone' is no file"),
         (("profile", "model", "--images", "gone"), "gone does not exist; give a folder of images"),
         (("allocate", "gone.json", "--budget", "4", "-o", "vitq-run/plan.json"), "gone.json does not exist"),
-        (("calibrate", "gone.json", "-o", "vitq-run/plan.json"), "gone.json does not exist; `vitq allocate --budget 4.0` writes it"),
+        (
+            ("calibrate", "gone.json", "-o", "vitq-run/plan.json"),
+            "gone.json does not exist; `vitq allocate --budget 4.0 -o gone.json` writes it",
+        ),
         (("calibrate", "--images", "gone"), "gone does not exist; give a folder of images"),
         (("calibrate", "--model", "gone/model"), "gone/model does not exist; give a timm local folder"),
-        (("export", "gone.safetensors", "-o", "vitq-run/model.onnx"), "gone.safetensors does not exist; `vitq calibrate` writes it"),
+        (
+            ("export", "gone.safetensors", "-o", "vitq-run/model.onnx"),
+            "gone.safetensors does not exist; `vitq calibrate -o gone.safetensors` writes it",
+        ),
         (("export", "--images", "gone"), "gone does not exist; give a folder of images"),
-        (("evaluate", "gone.onnx", "--images", "images", "-o", "vitq-run/plan.json"), "gone.onnx does not exist; `vitq export` writes it"),
+        (
+            ("evaluate", "gone.onnx", "--images", "images", "-o", "vitq-run/plan.json"),
+            "gone.onnx does not exist; `vitq export -o gone.onnx` w",
+        ),
         (("evaluate", "model", "--images", "gone", "-o", "vitq-run/plan.json"), "gone does not exist; give a folder of images"),
         (("show", "gone.json", "-o", "vitq-run/plan.json"), "gone.json does not exist"),
     ],
@@ -163,6 +172,61 @@ def test_commands_that_are_proposed_can_be_pasted(session: Path, tmp_path: Path)
         said = vitq(*command, *(("--run-dir", folder) if command[0] == "allocate" else ()), folder=session)
         proposed = shlex.split(said.err.rpartition("next: ")[2])
         assert said.code == 0 and any(Path(word) in (folder, folder / "model.onnx") for word in proposed), said.err
+
+
+def test_what_is_proposed_where_its_output_exists_has_force(session: Path):
+    (session / "vitq-run").rename(session / "r 2")
+    for command in (
+        ("allocate", "--pareto", "stairs.json", "--bits", "3,4"),
+        ("allocate", "--budget", "4", "--force"),
+    ):
+        said = vitq(*command, "--run-dir", "r 2", folder=session)
+        assert said.code == 0, said.err
+        proposed = shlex.split(said.err.rpartition("next: ")[2])
+        assert proposed[-3:] == ["--force", "--run-dir", "r 2"]
+    (session / "r 2" / "plan.json").unlink()
+    assert "--force" not in vitq("show", "r 2/profile.json", folder=session).err
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "again"),
+    [
+        ("profile.json", ("allocate", "--budget", "4", "--force"), "vitq profile MODEL --images PATH --force --run-dir 'r 2'"),
+        ("plan.json", ("calibrate", "--force"), "vitq allocate --budget 4.0 --force --run-dir 'r 2'"),
+        ("model.safetensors", ("export", "--force"), "vitq calibrate --force --run-dir 'r 2'"),
+        ("model.onnx", ("bench",), "vitq export --force --run-dir 'r 2'"),
+        ("latency.json", ("allocate", "--budget", "latency=4ms", "--force"), "vitq bench --layers --run-dir 'r 2'"),
+        ("bench.json", ("report", "--force"), "vitq bench --run-dir 'r 2'"),
+        ("evaluate.json", ("report", "--force"), "vitq evaluate 'r 2/model.onnx' --images PATH"),
+    ],
+)
+def test_a_damaged_file_names_the_command_that_makes_it_again_there(session: Path, name: str, command: tuple[str, ...], again: str):
+    (session / "vitq-run").rename(session / "r 2")
+    (session / "r 2" / name).write_text("{")
+    assert f"`{again}`" in refused(session, 3, *command, "--run-dir", "r 2")
+    (session / "r 2" / name).unlink()
+    if "report" not in command:
+        assert f"`{again.replace(' --force', '')}` writes it" in refused(session, 3, *command, "--run-dir", "r 2")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"format": "other/1"}'])
+def test_show_names_the_command_that_makes_a_damaged_file(session: Path, content: str):
+    commands = {"plan.json": "vitq allocate --budget 4.0 --force", "latency.json": "vitq bench --layers", "bench.json": "vitq bench"}
+    commands |= {"profile.json": "vitq profile MODEL --images PATH --force", "staircase.json": "vitq allocate --pareto FILE"}
+    for name, command in commands.items():
+        (session / "vitq-run" / name).write_text(content)
+        assert f"`{command}`" in refused(session, 3, "show", f"vitq-run/{name}")
+    (session / "notes.json").write_text(content)
+    message = refused(session, 3, "show", "notes.json")
+    assert "give a profile, a plan, a staircase" in message and "vitq profile" not in message
+    assert "`vitq allocate --budget 4.0 -o new/plan.json`" not in refused(session, 3, "show", "new/plan.json")
+    assert "`vitq allocate --budget 4.0 --run-dir new` writes it" in refused(session, 3, "show", "new/plan.json")
+
+
+def test_a_missing_file_of_the_usual_folder_says_how_to_name_another(session: Path):
+    (session / "vitq-run" / "plan.json").unlink()
+    message = refused(session, 3, "calibrate", "--force")
+    assert "vitq-run/plan.json does not exist; `vitq allocate --budget 4.0` writes it, and --run-dir names another run folder" in message
 
 
 def test_a_run_folder_that_is_to_be_quoted(session: Path):
@@ -214,7 +278,10 @@ def test_an_output_that_is_a_folder(session: Path):
             "metric 'luck' is not known; give one of output-fisher",
         ),
         (("profile", "model", "--images", "images", "--force", "--model-kwargs", "depth"), "give key=value"),
-        (("profile", "model", "--images", "images", "--force", "--device", "abacus"), "--device 'abacus' cannot be used here"),
+        (
+            ("profile", "model", "--images", "images", "--force", "--device", "abacus"),
+            "--device 'abacus' cannot be used here; give cpu, or, where there is a GPU, cuda or cuda:N\n",
+        ),
         (("finetune", "--images", "images", "--aa", "rand-x9"), "--aa 'rand-x9' is no policy of timm's; give rand-m9-mstd0.5 or the like"),
         (("finetune", "--images", "images", "--aa", "rand-mX"), "--aa 'rand-mX' is no policy of timm's; give rand-m9-mstd0.5 or the like"),
         (("finetune", "--images", "images", "--aa", "rand-m9-n"), "--aa 'rand-m9-n' is no policy of timm's"),
@@ -274,13 +341,13 @@ def test_a_source_that_is_gone_or_changed(session: Path, name: str, option: str,
     shutil.move(session / name, session / "moved")
     if name == "model" or command[0] != "evaluate":
         message = refused(session, 3, *command)
-        assert name in message and f"{option}" in message and "`vitq profile` again" in message
+        assert name in message and f"{option}" in message and "`vitq profile MODEL --images PATH --force` again" in message
         done = vitq(*command, option, "moved", folder=session)
         assert done.code == 0, done.err
     make = make_model if name == "model" else make_images
     make(session / name, seed=7)
     message = refused(session, 3, *command)
-    assert "have changed" in message and option in message and "`vitq profile` again" in message
+    assert "have changed" in message and option in message and "`vitq profile MODEL --images PATH --force` again" in message
 
 
 def test_a_stale_chain(session: Path):

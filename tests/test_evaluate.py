@@ -173,8 +173,10 @@ def test_metadata_is_parsed_where_it_is_json(onnx_file: Path):
 
 
 def test_onnx_files_that_cannot_be_read(onnx_file: Path, tmp_path: Path):
-    with pytest.raises(InputError, match=r"nothing.onnx does not exist; `vitq export` writes it"):
+    with pytest.raises(InputError, match=r"nothing.onnx does not exist; `vitq export -o \S+` writes it"):
         onnx_runnable(tmp_path / "nothing.onnx")
     onnx_file.write_bytes(onnx_file.read_bytes()[:50])
-    with pytest.raises(InputError, match=r"model.onnx cannot be loaded by onnxruntime: .*; `vitq export` writes a new one"):
+    with pytest.raises(
+        InputError, match=r"model.onnx cannot be loaded by onnxruntime: .*; `vitq export --force --run-dir \S+` writes a new one"
+    ):
         onnx_metadata(onnx_file)

@@ -429,7 +429,7 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
     unlabelled = open_images(flat, model.data_config, None)
     hard = training_with(distillation=Distillation(1.0, 0.5))
     with pytest.raises(
-        InputError, match="flat has no labels; give --hard 0 to learn from the float model alone, or images in class folders"
+        InputError, match="flat has no labels; give --hard 0 to learn from the float model alone, or images in a folder for each of its classes"
     ):
         finetune(start, model, unlabelled, hard, tmp_path / "state")
     with pytest.raises(InputError, match="flat has no labels; give --hard 0"):
@@ -437,7 +437,10 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
     few = open_images(flat, model.data_config, 15)
     with pytest.raises(InputError, match="15 images are too few to train on; give --images with at least 16"):
         finetune(start, model, few, training_with(), tmp_path / "state")
-    with pytest.raises(InputError, match="38 images to train on are no batch of 64; give more images or a smaller --batch-size"):
+    with pytest.raises(
+        InputError,
+        match=r"38 images to train on \(40 without the 2 that are held out to judge by\) are no batch of 64; give more",
+    ):
         finetune(start, model, unlabelled, training_with(batch_size=64), tmp_path / "state")
     for changes, text in (
         ({"recipe": "qat"}, "recipe 'qat' is not known; give one of lsq, ofq"),

@@ -68,7 +68,7 @@ WHOLE: dict[str, Callable[[Path], object]] = {
     "images.safetensors": lambda path: vitq("show", path).code == 0 or pytest.fail(f"{path} cannot be read"),
     "sheet.png": lambda path: Image.open(path).load(),
 }
-LEFT = re.compile(r"\.[\w.-]+\.part|\.[\w-]+\.journal\.jsonl|\.[\w-]+\.scratch|\.[\w-]+\.finetuning\.safetensors")
+LEFT = re.compile(r"\.[\w.-]+\.part|\.[\w-]+\.journal\.jsonl|\.[\w-]+\.scratch|\.[\w-]+\.finetuning\.safetensors|\.unfinished-demo")
 """What a killed run may leave; all of it is hidden, and gone after the next run."""
 
 

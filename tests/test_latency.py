@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from allocation_problems import Problem, deit, make_latencies, make_profile, make_table
 
-from vitq.allocation import allocate
+from vitq.allocation import allocate, binding_latency
 from vitq.artifacts import dump, save
 from vitq.errors import BudgetError, InputError
 from vitq.latency import LatencyTable, load_latency_table
@@ -54,6 +54,22 @@ def test_what_is_out_of_reach_says_what_is_not() -> None:
     assert found["latency_ms"] <= float(smallest)
 
 
+@pytest.mark.parametrize("average", ["3.0", "5.0", "8"])
+def test_a_latency_that_binds_lies_between_the_fastest_plan_of_an_average_and_the_best(average: str) -> None:
+    problem = Problem(PROFILE, BITS, False, FIXED, latencies=TABLE)
+    every = [plan for plan in problem.assignments() if problem.meets(plan, [average])]
+    fastest, best = min(map(problem.latency, every)), allocate(PROFILE, [average], latencies=TABLE).report
+    found = binding_latency(PROFILE, TABLE, average)
+    assert found == pytest.approx((float(fastest) + best["latency_ms"]) / 2, abs=1e-6)
+    within = allocate(PROFILE, [average, f"latency={found:.4g}ms"], latencies=TABLE).report
+    assert within["latency_ms"] < best["latency_ms"] and within["objective"] >= best["objective"]
+
+
+def test_no_latency_binds_where_all_plans_take_as_long_or_none_has_the_average() -> None:
+    even = TABLE.model_copy(update={"timings": tuple(timing.model_copy(update={"ms": 0.01}) for timing in TABLE.timings)})
+    assert binding_latency(PROFILE, even) is None and binding_latency(PROFILE, TABLE, "1.0") is None
+
+
 def test_a_binding_latency_has_a_price() -> None:
     free = allocate(PROFILE, ["8"], latencies=TABLE).report
     (price,) = allocate(PROFILE, [f"latency={0.9 * free['latency_ms']:.3f}ms"], latencies=TABLE).report["shadow_prices"]
@@ -94,7 +110,10 @@ def edited(place: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (edited("timings.0.ms", -1), r"timings\.0\.ms: .*greater than or equal to 0 .*write a new one with `vitq bench --layers`"),
+        (
+            edited("timings.0.ms", -1),
+            r"timings\.0\.ms: .*greater than or equal to 0 .*write a new one with `vitq bench --layers --run-dir .*`",
+        ),
         (edited("timings.0.activation_bits", [3]), "the timings of layer .* do not cover the widths 2 to 8, each once"),
         (edited("timings.0.activation_bits", []), "the timings of layer .* do not cover the widths 2 to 8, each once"),
         (edited("timings.0.weight_bits", None), "the timings of layer .* do not cover the widths 2 to 8, each once"),
@@ -102,7 +121,10 @@ def edited(place: str, value: Any) -> dict[str, Any]:
         (edited("timings.0.activation_bits", [9]), r"timings\.0\.activation_bits\.0: "),
         (edited("batch", 0), "batch: "),
         (edited("speed", 1), "speed: Extra inputs are not permitted"),
-        (edited("format", "vitq-plan/1"), "is not a vitq-latency/1 file .found 'vitq-plan/1'.; `vitq bench --layers` writes one"),
+        (
+            edited("format", "vitq-plan/1"),
+            "is not a vitq-latency/1 file .found 'vitq-plan/1'.; `vitq bench --layers --run-dir .*` writes one",
+        ),
         ([], "is not a vitq-latency/1 file"),
     ],
 )
@@ -114,7 +136,7 @@ def test_a_damaged_table_is_refused(tmp_path: Path, document: Any, message: str)
 
 
 def test_a_missing_table_says_what_writes_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"latency\.json does not exist; `vitq bench --layers` writes it"):
+    with pytest.raises(InputError, match=r"latency\.json does not exist; `vitq bench --layers --run-dir .*` writes it"):
         load_latency_table(tmp_path / "latency.json")
 
 

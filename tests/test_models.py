@@ -1,12 +1,13 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitq.errors import InputError
@@ -69,6 +70,17 @@ def test_attention_is_unfused_and_timms_switch_is_put_back(tmp_path):
     loaded = load(str(folder(tmp_path)))
     assert not any(getattr(module, "fused_attn", False) for module in loaded.module.modules())
     assert timm.layers.use_fused_attn()
+
+
+def test_a_config_as_the_readme_has_it_describes_a_bare_file(demo_data, tmp_path):
+    (described,) = re.findall(r"```json\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "config.json").write_text(described)
+    tensors = load_file(demo_data / "vit_cifar10" / "model.safetensors")
+    save_file(tensors, tmp_path / "my_vit.safetensors")
+    loaded = load(str(tmp_path / "my_vit.safetensors"))
+    assert loaded.data_config["mean"] == [0.49, 0.48, 0.45] and loaded.data_config["input_size"] == [3, 32, 32] and not loaded.resampled
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded.module(images), load(str(demo_data / "vit_cifar10")).module(images))
 
 
 def test_input_size_in_the_config_shapes_the_model(tmp_path):
@@ -151,10 +163,42 @@ def test_another_image_size_on_request_only(tmp_path):
     loaded = load(str(tmp_path), img_size=64)
     assert loaded.arguments["img_size"] == 64 and loaded.data_config["input_size"] == [3, 64, 64]
     assert loaded.module(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+    assert loaded.resampled == ("pos_embed from (1, 17, 32) to (1, 65, 32)",) and not load(str(tmp_path)).resampled
     assert load(str(tmp_path), model_kwargs={"img_size": 64}).data_config["input_size"] == [3, 64, 64]
     folder(tmp_path, stored=config(model_args={**ARGUMENTS, "img_size": 64}))
     with pytest.raises(InputError, match=r"wrong shape pos_embed: \(1, 17, 32\) stored, \(1, 65, 32\) needed.*--img-size"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [32, 64, None])
+def test_a_patch_embedding_of_another_size_is_another_model(tmp_path, size):
+    save_file(tiny().state_dict(), tmp_path / "bare.safetensors")
+    arguments = {key: value for key, value in ARGUMENTS.items() if key not in ("patch_size", "img_size")}  # timm's: 16, 224
+    given = {"arch": ARCHITECTURE, "img_size": size}
+    shapes = r"wrong shape patch_embed.proj.weight: \(32, 3, 8, 8\) stored, \(32, 3, 16, 16\) needed"
+    with pytest.raises(InputError, match=f"{shapes}; .*add --model-kwargs patch_size=8; else"):
+        load(str(tmp_path / "bare.safetensors"), **given, model_kwargs=arguments)
+    with pytest.raises(InputError, match="add --model-kwargs patch_size=8 --model-kwargs embed_dim=32; else"):
+        load(str(tmp_path / "bare.safetensors"), **given, model_kwargs=arguments | {"embed_dim": 64})
+    loaded = load(str(tmp_path / "bare.safetensors"), arch=ARCHITECTURE, img_size=size or 32, model_kwargs=arguments | {"patch_size": 8})
+    assert bool(loaded.resampled) == (size == 64)
+
+
+def test_relative_positions_are_resampled_and_said_to_be(tmp_path):
+    arguments = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4}
+    architecture = "swin_tiny_patch4_window7_224"
+    save_file(timm.create_model(architecture, num_classes=6, img_size=64, **arguments).state_dict(), tmp_path / "swin.safetensors")
+    given = {"arch": architecture, "img_size": 48}
+    loaded = load(str(tmp_path / "swin.safetensors"), **given, model_kwargs=arguments | {"window_size": 3})
+    assert [line.split(" from ")[1] for line in loaded.resampled] == ["(49, 1) to (25, 1)"] * 2
+    with pytest.raises(InputError, match=r"\(16, 3, 4, 4\) stored, \(16, 3, 2, 2\) needed; .* patch_size=4; else"):
+        load(str(tmp_path / "swin.safetensors"), **given, model_kwargs=arguments | {"window_size": 3, "patch_size": 2})
+
+
+def test_wrong_shapes_are_said_before_missing_and_unexpected_names(tmp_path):
+    wrong = damaged(norm__weight=None, extra=torch.zeros(2), head__weight=torch.zeros(5, 31))
+    with pytest.raises(InputError, match="3 tensors: wrong shape head.weight: .*; missing norm.weight; unexpected extra; give"):
+        load(str(folder(tmp_path, wrong)))
 
 
 def test_image_size_of_an_architecture_without_one_is_preprocessing_only(tmp_path):

@@ -103,7 +103,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in first.document["left_out"]:
         words = shlex.split(part["command"].replace("--images PATH", "--images images"))
         done = vitq(*words[1:], *(("--rounds", 2, "--threads", 1) if "bench" in words else ()), folder=folder)
-        assert done.code == 0 and ("allocate" in words or done.err.endswith("next: vitq report\n")), done.err
+        assert done.code == 0 and (
+            "allocate" in words or done.err.endswith(("next: vitq bench --baselines\n", "next: vitq report --force\n"))
+        ), done.err
     assert vitq("evaluate", "model", "--images", "images", "--run-dir", "vitq-run", folder=folder).code == 0
     reported = vitq("report", "--json", "--force", folder=folder)
     assert reported.code == 0, reported.err
@@ -588,6 +590,14 @@ def test_colours_order_by_lightness_and_carry_their_text(text: str, scale: str):
     for _, background, ink in found:
         lighter, darker = sorted((luminance(background), luminance(ink)), reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, background
+
+
+def test_printed_the_commands_stay_together(text: str):
+    """A block to copy from; only what is longer than a page may go on at the next."""
+    printed = text[text.index("@media print {") : text.index("</style>")]
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", printed[len("@media print {") :])
+    kept = {part.strip() for selectors, body in rules if "break-inside: avoid" in body for part in selectors.split(",")}
+    assert "#commands" in kept and '<section id="commands">' in text
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -119,6 +119,14 @@ def run_without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
 
 
+def test_a_file_that_is_missing_or_damaged(serve: ModuleType, served: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="gone.onnx does not exist; give a file that `vitq export` wrote"):
+        serve.Classifier(str(tmp_path / "gone.onnx"))
+    (tmp_path / "cut.onnx").write_bytes((served / "model.onnx").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r"^\S+cut.onnx cannot be loaded: [^\n]+; give a file that `vitq export` wrote$"):
+        serve.Classifier(str(tmp_path / "cut.onnx"))
+
+
 def test_faults(served: Path, tmp_path: Path) -> None:
     assert "usage: python serve.py MODEL.onnx PICTURE" in run_without_torch(served, "model.onnx").stderr
     model = onnx.load(served / "model.onnx")

@@ -115,7 +115,11 @@ class TrainingImages:
             InputError: there are fewer images than a batch takes.
         """
         if len(rows) < batch_size:
-            raise InputError(f"{len(rows)} images to train on are no batch of {batch_size}; give more images or a smaller --batch-size")
+            held = images.num_listed - len(rows)
+            given = f" ({images.num_listed} without the {held} that are held out to judge by)" if held else ""
+            raise InputError(
+                f"{len(rows)} images to train on{given} are no batch of {batch_size}; give more images or a smaller --batch-size"
+            )
         if batch_size % share[1]:
             raise UsageError(
                 f"{share[1]} processes cannot share batches of {batch_size} images; give --batch-size a multiple of {share[1]}"

@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from vitq.affine import QuantizedWeight, weight_codes
 from vitq.artifacts import BitPlan, Layer, ModelSpec
+from vitq.commands import writing
 from vitq.errors import InputError
 from vitq.fakequant import fake_quantize
 from vitq.graph import Graph, assign, capture, copy
@@ -97,10 +98,10 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
     values = {}
     for name, value in module.state_dict().items():
         if name not in stored and name not in tensors:
-            raise InputError(f"{path} lacks tensor {name!r}; run `vitq calibrate` again")
+            raise InputError(f"{path} lacks tensor {name!r}; {_again(path)}")
         values[name] = stored.get(name, tensors.get(name))
         if (found := _form(values[name])) != _form(value):
-            raise InputError(f"{path}: tensor {name!r} is {found}, the model has {_form(value)}; run `vitq calibrate` again")
+            raise InputError(f"{path}: tensor {name!r} is {found}, the model has {_form(value)}; {_again(path)}")
     assign(module, values)
     module.recompile()
     graph = Graph(module, graph.input_shape, graph.layers, graph.nodes, graph.blocks)
@@ -108,7 +109,7 @@ def load(path: str | Path, device: str = "cpu") -> Checkpoint:
         for operand in layer.activations:
             if operand.tensor not in activations or activations[operand.tensor].bits != bits[layer.name].activation_bits:
                 wanted = bits[layer.name].activation_bits
-                raise InputError(f"{path} has no {wanted}-bit scale for the input of layer {layer.name!r}; run `vitq calibrate` again")
+                raise InputError(f"{path} has no {wanted}-bit scale for the input of layer {layer.name!r}; {_again(path)}")
     return Checkpoint(graph, plan, weights, activations, made_from, errors=errors)
 
 
@@ -137,7 +138,7 @@ def is_checkpoint(path: str | Path) -> bool:
 def _input_size(path: Path, spec: ModelSpec) -> tuple[int, int, int]:
     size = spec.data_config.get("input_size")
     if not (isinstance(size, list | tuple) and len(size) == 3 and all(type(length) is int and 0 < length <= LARGEST for length in size)):
-        raise InputError(f"{path} is damaged: input_size {size!r} is not [channels, height, width]; run `vitq calibrate` again")
+        raise InputError(f"{path} is damaged: input_size {size!r} is not [channels, height, width]; {_again(path)}")
     return size[0], size[1], size[2]
 
 
@@ -156,7 +157,7 @@ def _read(path: Path) -> _Read:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 found = metadata.get("format")
-                raise InputError(f"{path} is not a calibrated model of vitq (format {found!r}); `vitq calibrate` writes one")
+                raise InputError(f"{path} is not a calibrated model of vitq (format {found!r}); give one that `vitq calibrate` wrote")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         plan = BitPlan.model_validate_json(metadata["plan"])
         activations = {name: from_json(entry) for name, entry in json.loads(metadata["activations"]).items()}
@@ -164,10 +165,10 @@ def _read(path: Path) -> _Read:
         errors = {name: _layer_error(**entry) for name, entry in json.loads(metadata.get("errors", "{}")).items()}
     except (SafetensorError, ValidationError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is damaged: {reason}; run `vitq calibrate` again") from None
+        raise InputError(f"{path} is damaged: {reason}; {_again(path)}") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{path}: tensor {name!r} holds values that are not finite; run `vitq calibrate` again")
+            raise InputError(f"{path}: tensor {name!r} holds values that are not finite; {_again(path)}")
     return tensors, plan, activations, made_from, errors
 
 
@@ -180,15 +181,19 @@ def _layer_error(sqnr: float | None, kl: float) -> dict[str, float | None]:
 def _weight(path: Path, tensors: dict[str, Tensor], layer: Layer, bits: int | None) -> QuantizedWeight:
     codes, scale, zero_point = (tensors.get(prefix + layer.name) for prefix in (_CODES, _SCALE, _ZERO_POINT))
     if bits is None or codes is None or scale is None or zero_point is None:
-        raise InputError(f"{path} lacks the codes of layer {layer.name!r}; run `vitq calibrate` again")
+        raise InputError(f"{path} lacks the codes of layer {layer.name!r}; {_again(path)}")
     forms = (torch.uint8, layer.operands[1].shape), (torch.float32, (layer.channels,)), (torch.uint8, (layer.channels,))
     if tuple((part.dtype, tuple(part.shape)) for part in (codes, scale, zero_point)) != forms:
-        raise InputError(f"{path}: the codes of layer {layer.name!r} do not have the weight's shape; run `vitq calibrate` again")
+        raise InputError(f"{path}: the codes of layer {layer.name!r} do not have the weight's shape; {_again(path)}")
     lowest, highest = weight_codes(bits)
     in_range = lowest <= int(codes.min()) and int(codes.max()) <= highest and int(zero_point.max()) <= highest
     if not in_range or float(scale.min()) <= 0 or (bits >= 7 and bool((zero_point != 2 ** (bits - 1)).any())):
-        raise InputError(f"{path}: the codes of layer {layer.name!r} are no {bits}-bit codes; run `vitq calibrate` again")
+        raise InputError(f"{path}: the codes of layer {layer.name!r} are no {bits}-bit codes; {_again(path)}")
     return QuantizedWeight(codes, scale, zero_point, bits)
+
+
+def _again(path: Path) -> str:
+    return f"run `{writing('vitq calibrate', path)}` again"
 
 
 def _form(tensor: Tensor) -> str:

@@ -56,13 +56,13 @@ class LatencyTable(Value):
                 raise ValueError(f"the timings of layer {name} do not cover the widths {WIDTHS[0]} to {WIDTHS[-1]}, each once")
         return self
 
-    def check(self, layers: tuple[Layer, ...], graph_digest: str) -> None:
-        """Raises InputError where the table is not of the graph with this digest and these layers."""
+    def check(self, layers: tuple[Layer, ...], graph_digest: str, again: str = MADE_BY) -> None:
+        """Raises InputError, which names the command `again`, where the table is not of the graph with this digest and these layers."""
         if self.graph_digest != graph_digest:
-            raise InputError(f"the latencies are those of another model ({self.architecture}); run `{MADE_BY}` again")
+            raise InputError(f"the latencies are those of another model ({self.architecture}); run `{again}` again")
         timed = {(name, widths[0] is None) for name, widths, _ in self._entries()}
         if unlike := {(layer.name, not layer.has_weight) for layer in layers} ^ timed:
-            raise InputError(f"the latencies do not fit layer {min(unlike)[0]!r} of the model; run `{MADE_BY}` again")
+            raise InputError(f"the latencies do not fit layer {min(unlike)[0]!r} of the model; run `{again}` again")
 
     def nanoseconds(self, layer: Layer, weight_bits: int | None, activation_bits: int) -> int:
         """What a layer takes at its widths, in whole nanoseconds; of a layer that `check` has seen."""

@@ -3,7 +3,8 @@
 A timm local folder, a checkpoint file or a timm name is resolved to an architecture, its arguments and its tensors. Tensors that fit as
 they are stored are loaded as they are; others first go through timm's own conversion for the family (original repositories, or another
 image size where one was asked for). What is loaded in the end fits exactly: a missing, unexpected or wrongly shaped tensor is an error
-that names it, and so is a NaN or an infinity.
+that names it, and so is a NaN or an infinity. Only tables of positions may be resampled: a patch embedding of another size is that of
+another model.
 
 Left out: Hugging Face Hub names (download the folder first), NumPy checkpoints, checkpoints in several files.
 """
@@ -46,7 +47,8 @@ class LoadedModel:
 
     `build(architecture, arguments, num_classes)` makes the same architecture again. `arguments` and `data_config` (timm's: input_size,
     mean, std, interpolation, crop_pct, crop_mode) hold JSON values only, lists rather than tuples. `label_names` has `num_classes`
-    entries or none. `source` is the model as given; `digest` the sha256 of the weights file, or of the tensors for a timm name.
+    entries or none. `source` is the model as given; `digest` the sha256 of the weights file, or of the tensors for a timm name. `resampled`
+    names the tables of positions of a folder or file that timm resampled to another size of image, each with both shapes.
     """
 
     module: nn.Module
@@ -57,6 +59,7 @@ class LoadedModel:
     label_names: tuple[str, ...]
     source: str
     digest: str
+    resampled: tuple[str, ...] = ()
 
 
 def load(
@@ -72,7 +75,7 @@ def load(
         model: A folder, a file, or a timm name (with or without a tag).
         arch: The timm architecture of a folder or file; wins over what the checkpoint says.
         num_classes: Classes of the head, 0 for none (a stored head is then left out); read from the checkpoint when None.
-        img_size: Input height and width in pixels where they differ from the checkpoint's; positional tensors are then resampled.
+        img_size: Input height and width in pixels where they differ from the checkpoint's; tables of positions are then resampled.
         model_kwargs: More arguments of `timm.create_model`, JSON values; they win over the checkpoint's.
 
     Raises:
@@ -148,11 +151,11 @@ def _load_local(
     if num_classes == 0:
         fitted = {name: tensor for name, tensor in fitted.items() if not name.startswith(tuple(f"{head}." for head in heads))}
     may_resize = img_size is not None or "img_size" in extra
-    load_strictly(module, fitted, {} if may_resize else tensors, weights, architecture)
+    resampled = load_strictly(module, fitted, tensors, may_resize, weights, architecture)
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     names = config.get("label_names") or pretrained.get("label_names")
-    return _loaded(module, architecture, arguments, merged, img_size, names, source, digest)
+    return _loaded(module, architecture, arguments, merged, img_size, names, source, digest, resampled)
 
 
 def _load_pretrained(name: str, num_classes: int | None, img_size: int | None, extra: dict[str, Any]) -> LoadedModel:
@@ -179,7 +182,7 @@ def _load_pretrained(name: str, num_classes: int | None, img_size: int | None, e
 
 def _loaded(
     module: nn.Module, architecture: str, arguments: dict[str, Any], config: dict[str, Any],
-    img_size: int | None, names: Any, source: str, digest: str,
+    img_size: int | None, names: Any, source: str, digest: str, resampled: tuple[str, ...] = (),
 ) -> LoadedModel:  # fmt: skip
     data_config = resolve_data_config(pretrained_cfg=config)
     channels = arguments.get("in_chans", data_config["input_size"][0])
@@ -189,7 +192,7 @@ def _loaded(
         names = [names[key] for key in sorted(names, key=int)]
     classes = _classes_of(module)
     labels = tuple(str(name) for name in names) if names and len(names) == classes else ()
-    return LoadedModel(module, architecture, arguments, classes, _json_values(data_config), labels, source, digest)
+    return LoadedModel(module, architecture, arguments, classes, _json_values(data_config), labels, source, digest, resampled)
 
 
 def _read_config(path: Path, arch: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnxruntime
 
+from vitq.commands import writing
 from vitq.errors import InputError
 from vitq.processor import processor
 from vitq.whole import refuse_missing
@@ -65,7 +66,7 @@ def onnx_metadata(path: str | Path) -> dict[str, Any]:
     try:
         found = session.get_modelmeta().custom_metadata_map
     except UnicodeDecodeError:
-        raise InputError(f"{path} is damaged: its metadata are no UTF-8; `vitq export` writes a new one") from None
+        raise InputError(f"{path} is damaged: its metadata are no UTF-8; `{writing('vitq export', path)}` writes a new one") from None
     return {name: _parsed(value) for name, value in found.items()}
 
 
@@ -98,6 +99,6 @@ def _session(model: str | Path | bytes, threads: int, needed: Mapping[str, str],
     try:
         return onnxruntime.InferenceSession(model, options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime's own exception types are not public
-        name = "the model" if isinstance(model, bytes) else model
+        name, again = ("the model", "vitq export") if isinstance(model, bytes) else (model, writing("vitq export", model))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name} cannot be loaded by onnxruntime: {reason}; `vitq export` writes a new one") from None
+        raise InputError(f"{name} cannot be loaded by onnxruntime: {reason}; `{again}` writes a new one") from None

@@ -90,21 +90,64 @@ def count_classes(tensors: dict[str, Tensor], heads: tuple[str, ...]) -> int:
     return next((len(tensors[name]) for name in names if name in tensors and tensors[name].ndim), 0)
 
 
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], unresized: dict[str, Tensor], file: Path, architecture: str) -> None:
-    """Loads exactly the module's tensors; none may have another size in `unresized`, the tensors as they were stored."""
+def load_strictly(
+    module: nn.Module, tensors: dict[str, Tensor], stored: dict[str, Tensor], resize: bool, file: Path, architecture: str
+) -> tuple[str, ...]:
+    """Loads exactly the module's tensors.
+
+    Args:
+        module: gets them.
+        tensors: as `fit` gave them.
+        stored: the tensors of the file; none may have had another size there, since a patch embedding of another size is another model's.
+        resize: whether tables of positions may: timm resamples them to another size of image.
+        file: where the tensors come from.
+        architecture: what the module is.
+
+    Returns:
+        What was resampled, a line a table.
+
+    Raises:
+        InputError: a tensor is missing, too much, or of another shape or type; it has a NaN or an infinity.
+    """
+    unresized = {name: tensor for name, tensor in stored.items() if not (resize and _holds_positions(name))}
     if faults := _faults(module, tensors, unresized):
         shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        remedy = "give the right --arch, --num-classes, --img-size or --model-kwargs, or another file"
+        asked = " ".join(f"--model-kwargs {word}" for word in _patch_arguments(module, stored))
+        remedy = f"by its patch embedding, add {asked}; else " if asked else ""
+        remedy += "give the right --arch, --num-classes, --img-size or --model-kwargs, or another file"
         raise InputError(f"{file} does not fit {architecture}, {counted(len(faults), 'tensor')}: {shown}; {remedy}")
     for name, tensor in tensors.items():
         refuse_not_finite(name, tensor, str(file))
     module.load_state_dict(tensors, strict=True)
+    return tuple(
+        f"{name} from {tuple(stored[name].shape)} to {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in stored and name not in unresized and stored[name].numel() != tensor.numel()
+    )
+
+
+def _holds_positions(name: str) -> bool:
+    """Whether a tensor has an entry a place or a distance, as timm names them: pos_embed, relative_position_bias_table, rel_pos_h."""
+    return "pos" in name or "attention_biases" in name
+
+
+def _patch_arguments(module: nn.Module, stored: dict[str, Tensor]) -> list[str]:
+    """The arguments of a model that have its patch embedding's shape, (width, channels, height, width of a patch), as it is stored."""
+    found, convolution = stored.get("patch_embed.proj.weight"), getattr(getattr(module, "patch_embed", None), "proj", None)
+    if found is None or found.ndim != 4 or not isinstance(convolution, nn.Conv2d) or convolution.stride != convolution.kernel_size:
+        return []
+    here, there = convolution.weight.shape, found.shape
+    patch = there[2] if there[2] == there[3] else f"[{there[2]},{there[3]}]"
+    said = {"patch_size": (patch, here[2:] != there[2:]), "embed_dim": (there[0], here[0] != there[0])}
+    said["in_chans"] = (there[1], here[1] != there[1])
+    accepted = inspect.signature(type(module)).parameters
+    return [f"{name}={value}" for name, (value, differs) in said.items() if differs and name in accepted]
 
 
 def _faults(module: nn.Module, tensors: dict[str, Tensor], unresized: dict[str, Tensor]) -> list[str]:
+    """What does not fit, in words: wrong shapes first, which often explain the rest."""
     expected = module.state_dict()
-    faults = [f"missing {name}" for name in expected if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in expected]
+    faults = []
     for name in [name for name in expected if name in tensors]:
         wanted, stored = expected[name], tensors[name]
         if name in unresized and unresized[name].numel() != stored.numel():
@@ -113,7 +156,8 @@ def _faults(module: nn.Module, tensors: dict[str, Tensor], unresized: dict[str, 
             faults.append(f"wrong shape {name}: {tuple(stored.shape)} stored, {tuple(wanted.shape)} needed")
         elif stored.is_floating_point() != wanted.is_floating_point():
             faults.append(f"wrong type {name}: {stored.dtype} stored, {wanted.dtype} needed")
-    return faults
+    faults += [f"missing {name}" for name in expected if name not in tensors]
+    return faults + [f"unexpected {name}" for name in tensors if name not in expected]
 
 
 def refuse_not_finite(name: str, tensor: Tensor, source: str) -> None:

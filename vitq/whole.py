@@ -10,6 +10,7 @@ Left out: systems and file systems without flock. There nothing is locked, and w
 import errno
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from vitq.commands import DEFAULT_FOLDER, usual_name, writing
 from vitq.errors import InputError, UsageError
 
 try:
@@ -75,10 +77,14 @@ def refuse_existing(path: str | Path, force: bool) -> None:
 
 def refuse_missing(path: str | Path, made_by: str) -> None:
     """Raises InputError where there is no file `path`, which the command `made_by` writes."""
-    if Path(path).is_dir():
-        raise InputError(f"{path} is a folder; give the file that `{made_by}` writes")
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist; `{made_by}` writes it")
+    path = Path(path)
+    if path.is_dir():
+        inside = path / usual_name(made_by)
+        found = f"{inside}, or --run-dir {shlex.quote(str(path))}" if inside.is_file() else f"the file that `{made_by}` writes"
+        raise InputError(f"{path} is a folder; give {found}")
+    if not path.is_file():
+        elsewhere = ", and --run-dir names another run folder" if path.parent == DEFAULT_FOLDER else ""
+        raise InputError(f"{path} does not exist; `{writing(made_by, path)}` writes it{elsewhere}")
 
 
 def cannot_write(path: str | Path, error: Exception, otherwise: str = "choose another place with -o or --run-dir") -> InputError:

@@ -8,6 +8,7 @@ Needs no torch, so that a plan can be made anywhere.
 """
 
 from vitq.allocation.allocate import Allocation, Wishes, allocate, lay_out
+from vitq.allocation.binding import binding_latency
 from vitq.allocation.pareto import as_json, draw, pareto
 
-__all__ = ["Allocation", "Wishes", "allocate", "as_json", "draw", "lay_out", "pareto"]
+__all__ = ["Allocation", "Wishes", "allocate", "as_json", "binding_latency", "draw", "lay_out", "pareto"]

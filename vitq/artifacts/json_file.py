@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from vitq.artifacts.layers import Value
 from vitq.artifacts.plan import BitPlan, Staircase
 from vitq.artifacts.profile import Profile
+from vitq.commands import writing
 from vitq.errors import InputError
-from vitq.whole import refuse_existing, write_whole
+from vitq.whole import refuse_existing, refuse_missing, write_whole
 
 T = TypeVar("T", bound=Value)
 
@@ -49,27 +50,28 @@ def load_staircase(path: str | Path) -> Staircase:
 
 def load_artifact(path: str | Path, kind: type[T], made_by: str) -> T:
     """Reads and validates an artifact that the command `made_by` writes; raises InputError for a missing, damaged or foreign file."""
-    expected = kind.model_fields["format"].default
+    expected, again = kind.model_fields["format"].default, writing(made_by, path)
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; `{made_by}` writes it") from None
+    except (FileNotFoundError, IsADirectoryError):
+        refuse_missing(path, made_by)
+        raise
     except UnicodeDecodeError:
         raise InputError(f"{path} is no JSON but another kind of file; give what `{made_by}` writes") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; `{made_by}` writes a new one") from None
+        raise InputError(f"{path} cannot be read as JSON: {error}; `{again}` writes a new one") from None
     if _depth(data) > 100:
-        raise InputError(f"{path} is nested deeper than 100 levels; `{made_by}` writes a new one")
+        raise InputError(f"{path} is nested deeper than 100 levels; `{again}` writes a new one")
     if not isinstance(data, dict) or data.get("format") != expected:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{path} is not a {expected} file (found {reprlib.repr(found)}); `{made_by}` writes one")
+        raise InputError(f"{path} is not a {expected} file (found {reprlib.repr(found)}); `{again}` writes one")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = _place(data, first["loc"])
         raise InputError(
-            f"{path}: {place}{first['msg']} (got {reprlib.repr(first['input'])}); correct it or write a new one with `{made_by}`"
+            f"{path}: {place}{first['msg']} (got {reprlib.repr(first['input'])}); correct it or write a new one with `{again}`"
         ) from None
 
 

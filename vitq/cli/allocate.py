@@ -13,21 +13,10 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.bit_map import plan_map
-from vitq.cli.chain import (
-    LATENCY,
-    PLAN,
-    PROFILE,
-    Memory,
-    Reading,
-    digest_of,
-    in_folder,
-    output_path,
-    refuse_missing_in_run,
-    refuse_missing_sources,
-    run_folder,
-)
+from vitq.cli.chain import Memory, Reading, digest_of, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import plan_table
 from vitq.cli.terminal import Terminal
+from vitq.commands import LATENCY, PLAN, PROFILE, in_folder, writing
 from vitq.errors import UsageError
 from vitq.units import counted, in_units
 
@@ -141,13 +130,14 @@ def allocate(
     if alone and output is not None:
         raise UsageError(f"-o {output} is for the plan, and --pareto alone makes none; give --budget 4.0 too, or leave -o out")
     from vitq.artifacts import load_profile, save
-    from vitq.latency import load_latency_table
+    from vitq.latency import MADE_BY, load_latency_table
 
-    if profile is None:
-        refuse_missing_in_run(folder / PROFILE, "vitq profile MODEL --images PATH")
     found = load_profile(profile or folder / PROFILE)
     limited = any(text.strip().startswith("latency=") for text in budget or ())
-    latencies = load_latency_table(latency_table or folder / LATENCY) if limited or latency_table else None
+    timed = latency_table or folder / LATENCY
+    latencies = load_latency_table(timed) if limited or latency_table else None
+    if latencies is not None:
+        latencies.check(found.layers, found.model.graph_digest, writing(MADE_BY, timed))
     path = output_path(output, folder, PLAN, force or alone)
     from vitq.allocation import Wishes, lay_out
     from vitq.allocation import allocate as choose
@@ -184,17 +174,20 @@ def allocate(
     terminal.result(chosen.report, *measured, *_lines(chosen.report, unit), *table, f"wrote {path}")
     if budget and all(entry.name in plan.fixed for entry in plan.layers):
         terminal.note("every layer is fixed, so there was nothing to buy: averages are of the layers that are not")
-    if uniform is None and (lowest := _no_choice(plan, min(found.costs[plan.made_from["allocation"]["metric"]].bits))) is not None:
-        terminal.note(f"the budget leaves no choice: every searched layer gets {lowest} bits, the fewest; more than that is a choice")
+    same = None if uniform is not None else _no_choice(plan, found.costs[plan.made_from["allocation"]["metric"]].bits)
+    if same is not None and same[0] == same[1]:
+        terminal.note(f"the budget leaves no choice: every searched layer gets {same[0]} bits, the fewest; more than that is a choice")
+    elif same is not None:
+        terminal.note(f"the budget does not bind: every searched layer gets {same[0]} bits, the most; less than that is a choice")
     terminal.next(in_folder("vitq calibrate", path, PLAN))
 
 
-def _no_choice(plan: "BitPlan", fewest: int) -> int | None:
-    """The bits of every searched layer where all have the fewest that were to be chosen from, such as an average of 2 from 2, 3 and 4."""
-    fewest = min(plan.made_from["allocation"].get("bits") or [fewest])
+def _no_choice(plan: "BitPlan", priced: Sequence[int]) -> tuple[int, int] | None:
+    """(The bits of every searched layer, the fewest) where all have the fewest, or all the most, that were to be chosen from."""
+    bits = plan.made_from["allocation"].get("bits") or priced
     searched = [entry for entry in plan.layers if entry.name not in plan.fixed]
     widths = {bits for entry in searched for bits in (entry.weight_bits, entry.activation_bits) if bits is not None}
-    return fewest if widths == {fewest} else None
+    return (widths.pop(), min(bits)) if widths in ({min(bits)}, {max(bits)}) else None
 
 
 @contextmanager

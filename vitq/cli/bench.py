@@ -12,22 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import completion, options
-from vitq.cli.chain import (
-    BENCH,
-    LATENCY,
-    ONNX,
-    PROFILE,
-    REPORT,
-    Memory,
-    Reading,
-    file_digest,
-    in_folder,
-    output_path,
-    refuse_missing_sources,
-    run_folder,
-)
+from vitq.cli.chain import Memory, Reading, file_digest, next_with_latencies, output_path, refuse_missing_sources, run_folder
 from vitq.cli.layer_table import plain_table
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import BENCH, LATENCY, ONNX, PROFILE, REPORT, in_folder
 from vitq.errors import GateError, InputError, UsageError
 from vitq.units import counted, in_units
 
@@ -84,7 +72,7 @@ def bench(
     if layers:
         if len(files or ()) > 1 or len(batches) > 1 or baselines or max_ms is not None:
             raise UsageError("--layers measures one model at one --batch, no files: leave --baselines, --max-ms and further files out")
-        profile = files[0] if files and files[0].suffix == ".json" else folder / PROFILE
+        profile = files[0] if files and (files[0].suffix == ".json" or files[0].is_dir()) else folder / PROFILE
         _bench_layers(profile, batches[0], threads, rounds, output or folder / LATENCY, terminal)
         return
     files = files or [folder / ONNX]
@@ -149,8 +137,7 @@ def _bench_layers(profile: Path, batch: int, threads: int, rounds: int | None, p
         f"{whole['mixed']['measured']:.4g} ms with those of every other block below, predicted {whole['mixed']['predicted']:.4g} ms"
     )
     terminal.result(table.model_dump(mode="json"), timing_table(table), *sums, f"wrote {path}")
-    command = f"vitq allocate --budget latency={whole['below']:.3g}ms"
-    terminal.next(in_folder(command, path, LATENCY) if path.name == LATENCY else f"{command} --latency-table {shlex.quote(str(path))}")
+    terminal.next(next_with_latencies(found, profile, table, path))
 
 
 def timing_table(table: "LatencyTable") -> "Table":
@@ -185,17 +172,24 @@ def _baselines(file: Path, folder: Path, reference: str | None, images: str | No
 
 
 def bench_tables(rows: "Sequence[Row | Timed]", loaded: Sequence[Mapping[str, Any]]) -> "list[Table]":
-    """What was timed, then what was loaded."""
+    """What was timed, speedups over float32 where it was, else over the first file; then what was loaded."""
     memories = [None if found["peak_memory_bytes"] is None else in_units(found["peak_memory_bytes"], "B") for found in loaded]
+    base = "float32" if any(row.name == "float32" for row in rows) else rows[0].name if rows else ""
+    medians = {row.batch: row.median_ms for row in rows if row.name == base}
+    over = "speedup\nvs float32" if base == "float32" else "speedup\nvs first" if len({row.name for row in rows}) > 1 else "speedup"
+
+    def speedup(row: "Row | Timed") -> str:
+        return f"{medians[row.batch] / row.median_ms:.2f}" if row.batch in medians else "-"
+
     timed = [
-        (row.name, str(row.batch), f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}", f"{row.speedup:.2f}")
+        (row.name, str(row.batch), f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}", speedup(row))
         for row in rows
     ]
     files = [
         (found["name"], in_units(found["file_bytes"], "B"), f"{found['load_ms']:.0f}", memory or "-")
         for found, memory in zip(loaded, memories, strict=True)
     ]
-    tables = [plain_table(("latency", "batch", "median ms", "p90 ms", "images/s", "speedup"), timed)]
+    tables = [plain_table(("latency", "batch", "median ms", "p90 ms", "images/s", over), timed)]
     return tables + ([plain_table(("loading", "file", "ms", "peak memory"), files)] if files else [])
 
 

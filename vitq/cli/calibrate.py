@@ -12,13 +12,9 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.chain import (
-    CHECKPOINT,
-    PLAN,
     Reading,
-    in_folder,
     output_path,
     plan_memory,
-    refuse_missing_in_run,
     refuse_missing_sources,
     refuse_stale_plan,
     run_folder,
@@ -27,6 +23,7 @@ from vitq.cli.dry_run import say_estimate, trial_size, tried, tried_twice
 from vitq.cli.layer_table import worst
 from vitq.cli.opening import say_foreign
 from vitq.cli.terminal import Terminal
+from vitq.commands import CHECKPOINT, PLAN, in_folder
 from vitq.errors import UsageError
 from vitq.units import counted, in_decimals, in_units
 
@@ -77,8 +74,6 @@ def calibrate(
 
     folder = run_folder(run_dir, plan)
     source = plan or folder / PLAN
-    if plan is None:
-        refuse_missing_in_run(source, "vitq allocate --budget 4.0")
     chosen = load_plan(source)
     if plan is None:
         refuse_stale_plan(chosen, source)

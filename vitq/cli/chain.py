@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitq.cli.options import DEFAULT_NUM_IMAGES
+from vitq.commands import DEFAULT_FOLDER, IMAGES, LATENCY, ONNX, PLAN, PROFILE, in_folder, in_run
 from vitq.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,13 +25,8 @@ if TYPE_CHECKING:
     from vitq.checkpoint import Checkpoint
     from vitq.cli.sources import ImageSource, LoadingOptions, ModelSource
     from vitq.images import Images
+    from vitq.latency import LatencyTable
     from vitq.models import LoadedModel
-
-DEFAULT_FOLDER = Path("vitq-run")
-PROFILE, PLAN, CHECKPOINT, ONNX = "profile.json", "plan.json", "model.safetensors", "model.onnx"
-CALIBRATED = "calibrated.safetensors"
-EVALUATION, BENCH, LATENCY = "evaluate.json", "bench.json", "latency.json"
-STAIRCASE, REPORT, IMAGES = "staircase.json", "report.html", "images.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Memory:
         record = self._record("model", ModelSource)
         if record is None:
             raise InputError(f"{self.artifact} does not say which model it is for; give {option} MODEL")
-        remedy = f"give it with {option}, or run `vitq profile` again"
+        remedy = f"give it with {option}, or {self._again()}"
         problem = ""
         for place in self._places(record.source):
             try:
@@ -129,11 +125,16 @@ class Memory:
             if images.digest == record.digest:
                 return remembered(record.source, images if now == then else opened(place, *now))
             problem = f"the images of {place} are not those that {self.artifact} was made from, they have changed"
-        raise InputError(f"{problem}; give them with --images, or run `vitq profile` again")
+        raise InputError(f"{problem}; give them with --images, or {self._again()}")
 
     def _places(self, source: str) -> list[str]:
         """Where a source may be now; as it is where it is nowhere, since it may be a timm name."""
         return [str(place) for place in (Path(source), self.artifact.parent / source) if place.exists()] or [source]
+
+    def _again(self) -> str:
+        """What begins the chain anew, in the folder whose profile this was."""
+        folder = self.artifact.parent if (self.artifact.parent / PROFILE).is_file() else DEFAULT_FOLDER
+        return f"run `{in_run('vitq profile MODEL --images PATH', folder)}` again"
 
     def _record(self, name: str, kind: "type[Record]") -> "Record | None":
         from pydantic import ValidationError
@@ -146,7 +147,7 @@ class Memory:
         except ValidationError as error:
             fault = error.errors()[0]
             place = ".".join(map(str, ("made_from", name, *fault["loc"])))
-            raise InputError(f"{self.artifact}: {place}: {fault['msg']}; run `vitq profile` again") from None
+            raise InputError(f"{self.artifact}: {place}: {fault['msg']}; {self._again()}") from None
 
 
 Record = TypeVar("Record", "ModelSource", "ImageSource")
@@ -157,8 +158,21 @@ def run_folder(run_dir: Path | None, artifact: Path | None = None) -> Path:
     return run_dir or (artifact.parent if artifact else DEFAULT_FOLDER)
 
 
+def next_with_latencies(profile: "Profile", where: Path, latencies: "LatencyTable", table: Path) -> str:
+    """The allocation of the profile at `where` that a table of latencies at `table` makes possible; one without where no latency binds."""
+    from vitq.allocation import binding_latency
+
+    found = binding_latency(profile, latencies)
+    command = "vitq allocate --budget 4.0" + ("" if found is None else f" --budget latency={found:.4g}ms")
+    if found is not None and table != where.parent / LATENCY:
+        command += f" --latency-table {shlex.quote(str(table))}"
+    return in_folder(command, where, PROFILE)
+
+
 def refuse_missing_sources(model: str | None, images: str | None, arch: str | None = None) -> None:
     """Raises InputError, before an output is refused or anything is loaded, for a model or images that are not there; None is fine."""
+    if model and is_run_folder(Path(model)):
+        raise InputError(f"{model} is a run folder, no MODEL; give the MODEL, and --run-dir {shlex.quote(model)} to work in that folder")
     if model is not None and not (model and Path(model).exists()):  # Path("") is the current folder
         from vitq.models import refuse_unknown
 
@@ -169,21 +183,24 @@ def refuse_missing_sources(model: str | None, images: str | None, arch: str | No
         refuse_missing_images(images)
 
 
-def refuse_missing_in_run(path: Path, command: str) -> None:
-    """Raises InputError, with the command for this run folder, where an artifact that a command takes from it is not there."""
-    from vitq.whole import refuse_missing
-
-    refuse_missing(path, in_run(command, path.parent))
+def is_run_folder(path: Path) -> bool:
+    """Whether this is a folder with artifacts and not a model (which has a config.json)."""
+    names = (PROFILE, PLAN, IMAGES, ONNX)
+    return path.is_dir() and not (path / "config.json").is_file() and any((path / name).is_file() for name in names)
 
 
 def refuse_missing_artifact(artifact: str, arch: str | None = None) -> None:
-    """Raises InputError, before an output is refused or anything is loaded, where there is no such file or MODEL."""
+    """Raises InputError, before an output is refused or anything is loaded, where there is no such file, run folder or MODEL."""
     from vitq.whole import refuse_missing
 
-    if (suffix := Path(artifact).suffix) in (".onnx", ".json"):
-        refuse_missing(artifact, "vitq export" if suffix == ".onnx" else "vitq profile MODEL --images PATH")
+    if artifact and is_run_folder(Path(artifact)):
         return
-    if suffix != ".safetensors" and Path(artifact).is_file():
+    path = Path(artifact)
+    if (suffix := path.suffix) in (".onnx", ".json"):
+        commands = {PLAN: "vitq allocate --budget 4.0", LATENCY: "vitq bench --layers"}
+        refuse_missing(artifact, "vitq export" if suffix == ".onnx" else commands.get(path.name, "vitq profile MODEL --images PATH"))
+        return
+    if suffix != ".safetensors" and path.is_file():
         from vitq.weights import SUFFIXES
 
         if suffix not in SUFFIXES:
@@ -213,18 +230,6 @@ def refuse_unwritable(path: Path) -> None:
         raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, ""))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise cannot_write(path, PermissionError(errno.EACCES, ""))
-
-
-def in_folder(command: str, path: Path, name: str) -> str:
-    """The command that reads the artifact at `path`, by as few words as possible."""
-    if path.name != name:
-        return f"{command} {shlex.quote(str(path))}"
-    return in_run(command, path.parent)
-
-
-def in_run(command: str, folder: Path) -> str:
-    """The command that works in a run folder."""
-    return command if folder == DEFAULT_FOLDER else f"{command} --run-dir {shlex.quote(str(folder))}"
 
 
 def digest_of(profile: "Profile") -> str:
@@ -270,7 +275,7 @@ def refuse_stale_plan(plan: "BitPlan", path: Path) -> None:
 
     profile = path.parent / PROFILE
     if profile.is_file() and from_another_profile(plan.made_from, load_profile(profile)):
-        again = in_run(f"vitq allocate {bought_with(plan)} --force", path.parent)
+        again = in_run(f"vitq allocate {bought_with(plan)}", path.parent)
         raise InputError(f"{path} was made from another profile than {profile}; run `{again}` again, or give the PLAN to use")
 
 
@@ -288,5 +293,5 @@ def refuse_stale_checkpoint(checkpoint: "Checkpoint", path: Path) -> None:
 
     beside = path.parent / PLAN
     if beside.is_file() and of_another_plan(checkpoint.plan, checkpoint.made_from, load_plan(beside)):
-        again = in_run("vitq calibrate --force", path.parent)
+        again = in_run("vitq calibrate", path.parent)
         raise InputError(f"{path} was calibrated to another plan than {beside}; run `{again}` again, or give the CHECKPOINT")

@@ -1,6 +1,7 @@
 """`vitq demo`: the whole chain on the model and the images that come with the package, a table of what bits cost, and a report.
 
-Leaves a complete run folder of the mixed plan; the uniform plans are complete ones in folders below it.
+Leaves a complete run folder of the mixed plan; the uniform plans are complete ones in folders below it. Until then a mark lies in the
+folder: a demo that was interrupted or killed begins anew there, without --force.
 """
 
 import shlex
@@ -15,13 +16,15 @@ import typer
 
 from vitq.cli import options
 from vitq.cli.bench import usable_cores
-from vitq.cli.chain import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE, digest_of, refuse_unwritable
+from vitq.cli.chain import digest_of, refuse_unwritable
 from vitq.cli.evaluate import flat, save_result
 from vitq.cli.profile import remembering
 from vitq.cli.report import write_report
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import BENCH, CHECKPOINT, ONNX, PLAN, PROFILE, REPORT, STAIRCASE
 from vitq.errors import UsageError
 from vitq.units import in_decimals, in_units
+from vitq.whole import locked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from vitq.models import LoadedModel
 
 DEMO_DATA = Path(__file__).parents[1] / "demo_data"
+UNFINISHED = ".unfinished-demo"
 MIXED = "mixed 3.0"
 PLANS: dict[str, dict[str, Any]] = {"uniform 8": {"uniform": "8"}, "uniform 3": {"uniform": "3"}, MIXED: {"budgets": ["3.0"]}}
 
@@ -46,9 +50,21 @@ def demo(
 ) -> None:
     """Run the whole chain on the model and images that come with vitq."""
     terminal = Terminal(quiet, verbose, as_json)
-    if run_dir.exists() and not (force and run_dir.is_dir()):
+    begun = run_dir / UNFINISHED
+    if run_dir.exists() and not (run_dir.is_dir() and (force or begun.is_file())):
         raise UsageError(f"{run_dir} exists already; give --force to replace what the demo writes there, or another --run-dir")
     refuse_unwritable(run_dir / PROFILE)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    try:
+        with locked(begun, wait=False):
+            _make(run_dir, terminal)
+            begun.unlink()
+    except BlockingIOError:
+        raise UsageError(f"another demo is at work in {run_dir}; wait for it, or give another --run-dir") from None
+
+
+def _make(run_dir: Path, terminal: Terminal) -> None:
     from vitq.cli.sources import LoadingOptions
     from vitq.images import open_images
     from vitq.importance import profile

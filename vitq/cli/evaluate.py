@@ -11,20 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import completion, options
-from vitq.cli.chain import (
-    EVALUATION,
-    PROFILE,
-    REPORT,
-    Memory,
-    file_digest,
-    in_folder,
-    output_path,
-    refuse_missing_artifact,
-    refuse_missing_sources,
-)
+from vitq.cli.chain import Memory, file_digest, is_run_folder, output_path, refuse_missing_artifact, refuse_missing_sources
 from vitq.cli.dry_run import say_estimate, trial_size, tried
-from vitq.cli.opening import open_for, say_foreign
+from vitq.cli.opening import class_folders, open_for, say_foreign
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import BENCH, EVALUATION, ONNX, PROFILE, in_run
 from vitq.errors import GateError, InputError, UsageError
 from vitq.intervals import COUNTED, wilson
 from vitq.units import counted
@@ -73,6 +64,10 @@ def evaluate(
 ) -> None:
     """Measure accuracy, and agreement with the float model."""
     terminal = Terminal(quiet, verbose, as_json)
+    if artifact and is_run_folder(Path(artifact)):
+        inside = Path(artifact, ONNX)
+        how = "" if inside.is_file() else f", once `{in_run('vitq export', inside.parent)}` has written it"
+        raise InputError(f"{artifact} is a run folder; give the file in it that is to be evaluated, such as {inside}{how}")
     refuse_missing_artifact(artifact, arch)
     if images is None and not verify:
         raise UsageError("evaluate needs images: give --images PATH, or --verify to check an ONNX file alone")
@@ -99,6 +94,7 @@ def evaluate(
     with terminal.waiting("load"):
         subject = _open(artifact, loading, device)
         float_model = _reference(subject, reference, loading, run_dir)
+    terminal.resampled(subject.resampled)
     opened = open_for(
         subject.model_digest, images, subject.data_config, num_images, seed, batch_size, workers, subject.label_names, subject.num_classes
     )
@@ -107,7 +103,10 @@ def evaluate(
     _refuse_unmeasurable(gates, subject.num_classes, labelled, float_model is not None)
     terminal.preprocessing(subject.data_config, _profiled(run_dir or subject.folder))
     if not labelled and subject.num_classes:
-        terminal.note(f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy")
+        wanted = class_folders(subject.num_classes, subject.label_names)
+        terminal.note(
+            f"{images} has no labels of the model's {subject.num_classes} classes, so there is no top-1 accuracy; for it, give {wanted}"
+        )
     if float_model is None and (subject.folder is not None or not labelled):
         nothing = "" if labelled else ": nothing is measured"
         terminal.note(f"no float model is known to compare with{nothing}; give it with --reference MODEL")
@@ -138,7 +137,8 @@ def evaluate(
     terminal.result(document, *([said] if said else []), f"{subject.name} on {counted(found.num_images, 'image')}", *_lines(found))
     _check(gates, document)
     if saved is not None:
-        terminal.next(in_folder("vitq report", saved / REPORT, REPORT))
+        timed = (saved / BENCH).is_file() or not (saved / ONNX).is_file()
+        terminal.next(in_run("vitq report" if timed else "vitq bench --baselines", saved))
     elif subject.folder is None:
         terminal.next(shlex.join(["vitq", "profile", artifact, *options.loading_words(loading), "--images", "PATH"]))
     else:
@@ -147,7 +147,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: its sha256, a function from images to the output, how to feed it, and what it says of its float model."""
+    """What is evaluated: its sha256, a function from images to the output, how to feed it, and what it says of its float model.
+
+    `resampled` is that of `LoadedModel`.
+    """
 
     name: str
     digest: str
@@ -157,6 +160,7 @@ class Subject:
     label_names: tuple[str, ...]
     folder: Path | None
     made_from: Mapping[str, Any]
+    resampled: tuple[str, ...] = ()
 
     @property
     def model_digest(self) -> str | None:
@@ -233,7 +237,9 @@ def _open(artifact: str, loading: "LoadingOptions", device: str) -> Subject:
     model = load(artifact, **loading.model_dump())
     made_from = {"model": {"source": artifact, "digest": model.digest}}
     runnable = on_device(model.module, device)
-    return Subject(artifact, model.digest, runnable, model.data_config, model.num_classes, model.label_names, None, made_from)
+    return Subject(
+        artifact, model.digest, runnable, model.data_config, model.num_classes, model.label_names, None, made_from, model.resampled
+    )
 
 
 def _reference(subject: Subject, given: str | None, loading: "LoadingOptions", run_dir: Path | None) -> "LoadedModel | None":

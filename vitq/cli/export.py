@@ -11,19 +11,16 @@ import typer
 from vitq.choices import OPSETS
 from vitq.cli import completion, options
 from vitq.cli.chain import (
-    CHECKPOINT,
-    ONNX,
     Memory,
     Reading,
-    in_folder,
     output_path,
-    refuse_missing_in_run,
     refuse_missing_sources,
     refuse_stale_checkpoint,
     run_folder,
 )
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.terminal import Terminal
+from vitq.commands import CHECKPOINT, ONNX, in_folder
 from vitq.errors import UsageError
 from vitq.units import counted, in_units
 
@@ -70,10 +67,7 @@ def export(
 
     folder = run_folder(run_dir, checkpoint)
     source = checkpoint or folder / CHECKPOINT
-    if checkpoint is None:
-        refuse_missing_in_run(source, "vitq calibrate")
-    else:
-        refuse_missing(source, "vitq calibrate")
+    refuse_missing(source, "vitq calibrate")
     refuse_missing_sources(None, images)
     path = output_path(output, folder, ONNX, force or dry_run)
     if path.suffix != ".onnx":

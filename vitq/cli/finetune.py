@@ -11,17 +11,11 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.chain import (
-    CALIBRATED,
-    CHECKPOINT,
-    PLAN,
     Memory,
     Reading,
-    in_folder,
-    in_run,
     of_another_plan,
     output_path,
     plan_memory,
-    refuse_missing_in_run,
     refuse_missing_sources,
     refuse_stale_plan,
     run_folder,
@@ -29,6 +23,7 @@ from vitq.cli.chain import (
 from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
+from vitq.commands import CALIBRATED, CHECKPOINT, PLAN, in_folder, in_run
 from vitq.errors import InputError, UsageError
 from vitq.units import counted, in_decimals, in_units
 
@@ -116,8 +111,6 @@ def finetune(
 
     folder = run_folder(run_dir, plan)
     source = plan or folder / PLAN
-    if plan is None:
-        refuse_missing_in_run(source, "vitq allocate --budget 4.0")
     chosen = load_plan(source)
     if plan is None:
         refuse_stale_plan(chosen, source)
@@ -177,9 +170,7 @@ def finetune(
         processes.wait()
         start = load(calibrated, processes.device)
         if of_another_plan(start.plan, start.made_from, chosen):
-            raise InputError(
-                f"{calibrated} was calibrated to another plan than {source}; run `{in_run('vitq calibrate --force', folder)}` again"
-            )
+            raise InputError(f"{calibrated} was calibrated to another plan than {source}; run `{in_run('vitq calibrate', folder)}` again")
         with terminal.keeping(state), terminal.watching(opened, "finetune") as progress:
             found = train(start, loaded, opened, training, state, processes, time.perf_counter() - started, progress, judging)
         if not processes.leads:

@@ -46,6 +46,13 @@ def open_for(
     return replace(opened, labelled=False, class_names=()) if foreign or others else opened
 
 
+def class_folders(num_classes: int, class_names: tuple[str, ...]) -> str:
+    """What images with labels of a model look like, in words."""
+    if class_names:
+        return f"{num_classes} folders named as its classes ({', '.join(class_names[:2])}, ...), or as many whose order is theirs"
+    return f"{num_classes} folders whose names, in natural order (class2 before class10), stand for classes 0 to {num_classes - 1}"
+
+
 def say_foreign(terminal: "Terminal", digest: str | None, source: str) -> None:
     """Says it where images were made from another model than the one of this digest."""
     if (other := made_by_another(digest, source)) is not None:

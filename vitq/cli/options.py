@@ -1,6 +1,7 @@
 """The options that several commands share, with their help, and the reading of those that are more than a number or a path."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -127,6 +128,7 @@ def usable_device(text: str) -> str:
     try:
         torch.zeros(1, device=text).item()  # device meta holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--device {text!r} cannot be used here: {reason}; give cpu, or cuda where there is a GPU") from None
+        known = re.fullmatch(r"cpu|cuda(:\d+)?", text)  # of any other name torch would list all that it was ever built for
+        reason = f": {(str(error).strip() or type(error).__name__).splitlines()[0]}" if known else ""
+        raise UsageError(f"--device {text!r} cannot be used here{reason}; give cpu, or, where there is a GPU, cuda or cuda:N") from None
     return text

@@ -10,11 +10,12 @@ import typer
 from vitq.choices import FisherLabels, LrpAggregate, LrpRules, LrpTarget, SensitivityLoss
 from vitq.cli import completion, options
 from vitq.cli.bit_map import cost_map
-from vitq.cli.chain import PROFILE, in_folder, output_path, refuse_missing_sources, run_folder
+from vitq.cli.chain import output_path, refuse_missing_sources, run_folder
 from vitq.cli.dry_run import say_estimate, trial_size, tried
 from vitq.cli.layer_table import cost_table
 from vitq.cli.opening import open_for, say_foreign
 from vitq.cli.terminal import Terminal
+from vitq.commands import PROFILE, in_folder
 from vitq.errors import InputError, UsageError
 from vitq.units import counted, in_units
 
@@ -127,6 +128,7 @@ def profile(
     started = time.perf_counter()
     with terminal.waiting("load the model"):
         loaded = load(model, **loading.model_dump())
+    terminal.resampled(loaded.resampled)
     opened = open_for(
         loaded.digest, images, loaded.data_config, num_images, seed, batch_size, workers, loaded.label_names, loaded.num_classes
     )

@@ -10,28 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitq.cli import completion, options
-from vitq.cli.chain import (
-    BENCH,
-    CHECKPOINT,
-    DEFAULT_FOLDER,
-    EVALUATION,
-    IMAGES,
-    LATENCY,
-    ONNX,
-    PLAN,
-    PROFILE,
-    REPORT,
-    Memory,
-    Reading,
-    file_digest,
-    in_run,
-    output_path,
-    refuse_missing_sources,
-    run_folder,
-)
+from vitq.cli.chain import Memory, Reading, file_digest, output_path, refuse_missing_sources, run_folder
 from vitq.cli.run_folder import find_staircase, read_folder
 from vitq.cli.saved_results import read_benchmark, read_evaluations
 from vitq.cli.terminal import Terminal
+from vitq.commands import BENCH, CHECKPOINT, DEFAULT_FOLDER, EVALUATION, IMAGES, LATENCY, ONNX, PLAN, PROFILE, REPORT, in_run
 from vitq.errors import InputError, UsageError, VitqError
 from vitq.units import counted, in_units
 

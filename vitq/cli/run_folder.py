@@ -6,35 +6,15 @@ from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitq.cli.chain import (
-    BENCH,
-    CALIBRATED,
-    CHECKPOINT,
-    EVALUATION,
-    IMAGES,
-    LATENCY,
-    ONNX,
-    PLAN,
-    PROFILE,
-    REPORT,
-    bought_with,
-    file_digest,
-    from_another_profile,
-    in_run,
-    of_another_plan,
-)
+from vitq.cli.chain import bought_with, file_digest, from_another_profile, of_another_plan
 from vitq.cli.saved_results import read_benchmark, read_evaluations
+from vitq.commands import BENCH, CALIBRATED, CHECKPOINT, EVALUATION, IMAGES, LATENCY, ONNX, PLAN, PROFILE, REPORT, in_run
 from vitq.units import counted, in_units
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from vitq.artifacts import BitPlan, Profile, Staircase
-
-
-def is_run_folder(path: Path) -> bool:
-    """Whether this is a folder with artifacts and not a model (which has a config.json)."""
-    return path.is_dir() and not (path / "config.json").is_file() and any((path / name).is_file() for name in (PROFILE, PLAN, IMAGES))
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:
@@ -170,5 +150,5 @@ def _stale_onnx(path: Path, calibrated: "BitPlan", made_from: dict[str, Any]) ->
 
 
 def _another(how: str, name: str, folder: Path, *commands: str) -> str:
-    again = " and ".join(f"`{in_run(f'{command} --force', folder)}`" for command in commands)
+    again = " and ".join(f"`{in_run(command, folder)}`" for command in commands)
     return f"{how} another {name} than the one beside it; run {again} again"

@@ -1,12 +1,13 @@
 """The results that `vitq evaluate` and `vitq bench` keep in a run folder: read, checked, and as tables."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitq.cli.bench import bench_tables
-from vitq.cli.chain import BENCH, EVALUATION
 from vitq.cli.layer_table import plain_table
+from vitq.commands import BENCH, EVALUATION, ONNX, in_run
 from vitq.errors import InputError
 from vitq.intervals import COUNTED, wilson
 from vitq.units import in_decimals
@@ -30,14 +31,14 @@ def read_evaluations(path: Path) -> "dict[str, Evaluated]":
     """What was evaluated, by name; raises InputError where the file is damaged."""
     from vitq.artifacts.results import Evaluated
 
-    return _read(path, dict[str, Evaluated], "vitq evaluate")
+    return _read(path, dict[str, Evaluated], f"vitq evaluate {shlex.quote(str(path.with_name(ONNX)))} --images PATH")
 
 
 def read_benchmark(path: Path) -> "Benchmark":
     """What was timed; raises InputError where the file is damaged."""
     from vitq.artifacts.results import Benchmark
 
-    return _read(path, Benchmark, "vitq bench")
+    return _read(path, Benchmark, in_run("vitq bench", path.parent))
 
 
 def saved_result(path: Path) -> "tuple[str, dict[str, Any], list[Table]] | None":

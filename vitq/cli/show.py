@@ -11,12 +11,13 @@ import typer
 
 from vitq.cli import completion, options
 from vitq.cli.bench import timing_table
-from vitq.cli.chain import CHECKPOINT, PLAN, PROFILE, REPORT, in_folder, output_path, refuse_missing_artifact
+from vitq.cli.chain import is_run_folder, next_with_latencies, output_path, refuse_missing_artifact
 from vitq.cli.layer_table import Row, cost_table, layer_rows, layer_table
-from vitq.cli.run_folder import folder_table, is_run_folder, read_folder
+from vitq.cli.run_folder import folder_table, read_folder
 from vitq.cli.saved_results import saved_result
 from vitq.cli.staircase_table import staircase_table
 from vitq.cli.terminal import Terminal, json_text
+from vitq.commands import CHECKPOINT, LATENCY, PLAN, PROFILE, REPORT, STAIRCASE, in_folder
 from vitq.errors import InputError
 from vitq.units import counted, in_units
 
@@ -72,12 +73,13 @@ def show(
 def _next(artifact: str, head: dict[str, Any]) -> str:
     """What is done with such a thing."""
     folder = Path(artifact).parent
+    if head["kind"] == "latency table":
+        return _next_of_latencies(Path(artifact))
     commands = {
         "model": f"vitq profile {shlex.quote(artifact)} --images PATH",
         "images": f"vitq profile MODEL --images {shlex.quote(artifact)}",
         "profile": in_folder("vitq allocate --budget 4.0", Path(artifact), PROFILE),
         "staircase": in_folder("vitq allocate --budget 4.0", folder / PROFILE, PROFILE),
-        "latency table": in_folder("vitq allocate --budget latency=4.0ms", folder / PROFILE, PROFILE),
         "plan": in_folder("vitq calibrate", Path(artifact), PLAN),
         "calibrated model": in_folder("vitq export", Path(artifact), CHECKPOINT),
         "exported model": f"vitq evaluate {shlex.quote(artifact)} --images PATH",
@@ -85,6 +87,17 @@ def _next(artifact: str, head: dict[str, Any]) -> str:
     return commands.get(
         head["kind"], in_folder("vitq report", (Path(artifact) if head["kind"] == "run folder" else folder) / REPORT, REPORT)
     )
+
+
+def _next_of_latencies(path: Path) -> str:
+    from vitq.artifacts import load_profile
+    from vitq.latency import load_latency_table
+
+    beside, table = path.parent / PROFILE, load_latency_table(path)
+    profile = load_profile(beside) if beside.is_file() else None
+    if profile is None or profile.model.graph_digest != table.graph_digest:
+        return in_folder("vitq allocate --budget 4.0", beside, PROFILE)
+    return next_with_latencies(profile, beside, table, path)
 
 
 @dataclass(frozen=True)
@@ -121,18 +134,20 @@ def _read(artifact: str, loading: "LoadingOptions") -> Shown:
     from vitq.models import load
     from vitq.rewrites import prepare
 
-    graph, spec = prepare(load(artifact, **loading.model_dump()))
-    return Shown(_head("model", spec, {}) | {"unfused_attention": graph.unfused()}, layer_rows(graph.layers))
+    loaded = load(artifact, **loading.model_dump())
+    graph, spec = prepare(loaded)
+    more = {"unfused_attention": graph.unfused(), "resampled": list(loaded.resampled)}
+    return Shown(_head("model", spec, {}) | more, layer_rows(graph.layers))
 
 
 def _read_json(path: Path) -> Shown:
-    from vitq.artifacts import BitPlan, Staircase, load_plan, load_profile, load_staircase
+    from vitq.artifacts import BitPlan, Profile, Staircase, load_plan, load_profile, load_staircase
     from vitq.latency import LatencyTable, load_latency_table
 
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        kind = None  # load_profile says what is wrong
+        kind = None  # what loads it says what is wrong
     if isinstance(kind, dict) and kind.get("format") == BitPlan.model_fields["format"].default:
         plan = load_plan(path)
         head = _head("plan", plan.model, plan.made_from) | {"fixed": list(plan.fixed)}
@@ -152,6 +167,12 @@ def _read_json(path: Path) -> Shown:
     if isinstance(kind, dict) and kind.get("format") == LatencyTable.model_fields["format"].default:
         table = load_latency_table(path)
         return Shown({"kind": "latency table"} | table.model_dump(mode="json"), [], tables=[*_latency_lines(table), timing_table(table)])
+    known = {PLAN: load_plan, STAIRCASE: load_staircase, LATENCY: load_latency_table}
+    if path.name in known:
+        known[path.name](path)
+    if path.name != PROFILE and (not isinstance(kind, dict) or kind.get("format") != Profile.model_fields["format"].default):
+        what = "cannot be read as JSON" if kind is None else "holds nothing that vitq writes"
+        raise InputError(f"{path} {what}; give a profile, a plan, a staircase, a latency table, evaluate.json or bench.json")
     profile = load_profile(path)
     head = _head("profile", profile.model, profile.made_from) | {"costs": {n: t.model_dump(mode="json") for n, t in profile.costs.items()}}
     return Shown(head, layer_rows(profile.layers), profile)
@@ -243,6 +264,7 @@ def _lines(found: Shown) -> list[str]:
     lines += [f"made from {name}: {source.get('source')}" for name, source in sources.items() if isinstance(source, dict)]
     if fused := head.get("unfused_attention") or made_from.get("unfused_attention"):
         lines.append(f"attention stays fused in {counted(len(fused), 'place')}, so its matmuls are no layers: {', '.join(fused)}")
+    lines += [f"resampled to the size of the images: {table}" for table in head.get("resampled", [])[:1]]
     return [_filled(line) for line in lines]
 
 

@@ -10,9 +10,10 @@ import typer
 
 from vitq import __version__
 from vitq.cli import completion, options
-from vitq.cli.chain import IMAGES, output_path, refuse_missing_sources, run_folder
+from vitq.cli.chain import output_path, refuse_missing_sources, run_folder
 from vitq.cli.dry_run import say_estimate, trial
 from vitq.cli.terminal import Terminal
+from vitq.commands import IMAGES
 from vitq.errors import UsageError
 from vitq.units import counted, in_minutes
 
@@ -72,6 +73,7 @@ def synthesize(
     started = time.perf_counter()
     with terminal.waiting("load the model"):
         loaded = load(model, **loading.model_dump())
+    terminal.resampled(loaded.resampled)
     terminal.detail(f"model {loaded.source}, sha256 {loaded.digest}")
     if dry_run:
         told: list[float] = []

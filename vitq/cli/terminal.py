@@ -6,7 +6,7 @@ Colours, widths and NO_COLOR are rich's business; in a pipe there is no colour a
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,12 @@ class Terminal:
         from vitq.preparation import describe
 
         (self.detail if data_config == known else self.note)(f"preprocessing: {describe(data_config)}")
+
+    def resampled(self, tables: Sequence[str]) -> None:
+        """That a model takes images of another size than its checkpoint: the tables of positions that timm resampled for them."""
+        if tables:
+            more = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+            self.note(f"resampled to the size of the images: {tables[0]}{more}")
 
     def result(self, document: dict[str, Any], *parts: "str | Table") -> None:
         """What the command found: the document with --json, else the parts, lines or tables."""

@@ -107,7 +107,7 @@ def finetune(
     for given in (images, judging) if training.distillation.hard else ():
         if not (model.num_classes and given.labelled):
             why = f"{given.source} has no labels" if model.num_classes else f"{model.source} is no classifier"
-            raise InputError(f"{why}; give --hard 0 to learn from the float model alone, or images in class folders")
+            raise InputError(f"{why}; give --hard 0 to learn from the float model alone, or images in a folder for each of its classes")
     judges, rows = _split(images) if validation is None else (_judges(validation), list(range(images.num_listed)))
     share = (processes.rank, processes.count)
     source = TrainingImages(

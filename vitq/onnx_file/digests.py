@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 
+from vitq.commands import writing
 from vitq.errors import InputError
 from vitq.onnx_file.file import load_file
 from vitq.whole import refuse_missing
@@ -53,14 +54,15 @@ def check_digests(path: str | Path) -> int:
         InputError: the file is missing, is no ONNX file, holds no digests, or a part differs: the first one is named.
     """
     refuse_missing(path, "vitq export")
+    again = f"write it again with `{writing('vitq export', path)}`"
     try:
         model = load_file(Path(path))
         entries = {entry.key: entry.value for entry in model.metadata_props}
     except Exception:  # protobuf, whose error this is, comes with onnx
-        raise InputError(f"{path} is damaged, or no ONNX file: it cannot be read as one; {_REMEDY}") from None
+        raise InputError(f"{path} is damaged, or no ONNX file: it cannot be read as one; {again}") from None
     if DIGEST not in entries or DIGESTS not in entries:
         raise InputError(
-            f"{path} holds no digests of its parts, so it cannot be verified: another tool wrote it, or an older vitq; {_REMEDY}"
+            f"{path} holds no digests of its parts, so it cannot be verified: another tool wrote it, or an older vitq; {again}"
         )
     try:
         digests = _digests(model)
@@ -70,11 +72,8 @@ def check_digests(path: str | Path) -> int:
     if differing is None and entries[DIGEST] != json.dumps(_whole(digests)):
         differing = "the digest of the whole"
     if differing is not None:
-        raise InputError(f"{path} is not the file that was exported: {differing} differs; {_REMEDY}")
+        raise InputError(f"{path} is not the file that was exported: {differing} differs; {again}")
     return sum(map(len, digests.values()))
-
-
-_REMEDY = "write it again with `vitq export`"
 
 
 def _digests(model: onnx.ModelProto) -> dict[str, list[bytes]]:
