@@ -92,6 +92,10 @@ def naive_network(subject: Subject, batch: Tensor, baseline: int | None, changed
             assert width is not None
             read = []
             for operand, x in zip(layer.activations, arguments, strict=False):
+                if operand.role == "post_softmax" and width < 8:
+                    squares = ((x / x.amax(-1, keepdim=True)).sqrt() * (2**width - 1)).round().square()
+                    read.append(squares / squares.sum(-1, keepdim=True))
+                    continue
                 q = fitted(subject.histograms[operand.tensor], width)
                 read.append(quantize_dequantize(x, q.scale, q.zero_point, q.bits))
             if layer is not changed or not layer.has_weight:
