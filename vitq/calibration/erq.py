@@ -5,8 +5,9 @@ side, and each linear that reads x^ where the float one reads x gets, by ridge r
 that give what W x + b was (fitting/ridge.py); W' is rounded half by half, the half that is still float making up for the one that was
 rounded, and the rounding of each half refined row by row by the proxy e (mu mu^T + Sigma) e^T (fitting/halves.py).
 
-Differs from the paper: lambda is in units of the inputs' mean square, and one for all layers; the ridge does not draw the bias; x is what
-the float network reads. See also repq_vit.py.
+Differs from the paper: lambda is in units of the inputs' mean square, and one for all layers; the ridge does not draw the bias; x^ is what
+the quantized network reads, where the authors' code quantizes the x of the float one. Weights lie between repq-vit's quantiles, where the
+authors' code tries closer ones too and gives some input channels of qkv and fc1 a range of their own. See also repq_vit.py.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,9 @@ least squared error (fitting/factors.py); softmax outputs are the powers 1, 1/2,
 weights for each output channel. The float network's values are fitted to, no LayerNorm is folded.
 
 Differs from the paper: its factors are for the LayerNorm's input, here for its output, since in vitq's plans layers' operands have
-widths, and LayerNorm and softmax themselves stay float; the paper quantizes to 8 bits and softmax to 4. Weights of 7 and 8 bits have no
-zero point and no integer beyond 64 (vitq/affine.py).
+widths, and LayerNorm and softmax themselves stay float; the paper quantizes to 8 bits and softmax to 4. The authors' code has weights
+without zero points at every width, and one range for queries, keys and values; here weights of 7 and 8 bits have no zero point and no
+integer beyond 64 (vitq/affine.py).
 """
 
 from collections.abc import Callable
