@@ -429,7 +429,8 @@ def test_faults_say_what_to_do(session: Path, model: LoadedModel, start: Checkpo
     unlabelled = open_images(flat, model.data_config, None)
     hard = training_with(distillation=Distillation(1.0, 0.5))
     with pytest.raises(
-        InputError, match="flat has no labels; give --hard 0 to learn from the float model alone, or images in a folder for each of its classes"
+        InputError,
+        match="flat has no labels; give --hard 0 to learn from the float model alone, or images in a folder for each of its classes",
     ):
         finetune(start, model, unlabelled, hard, tmp_path / "state")
     with pytest.raises(InputError, match="flat has no labels; give --hard 0"):
