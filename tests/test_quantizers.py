@@ -265,7 +265,6 @@ def test_rows_of_squares_are_distributions_whose_roots_are_even_steps(bits: int,
         ordered = [value for _, value in sorted(zip(row, values_of, strict=True))]
         assert ordered == sorted(ordered)
     assert torch.equal(quantizer.quantize_dequantize(0.25 * x), moved) and torch.equal(quantizer.quantize_dequantize(moved), moved)
-    assert float((moved - x).abs().max()) <= 2.5 / highest  # half a step is (m - p)(2 c + 1) / (2 H) of the largest at most, and the sum
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

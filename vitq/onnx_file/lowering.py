@@ -2,6 +2,7 @@
 
     linear        QuantizeLinear -> [Clip] -> DequantizeLinear -> MatMul(., DequantizeLinear(int8 [K, N])) -> Add(bias [1, 1, N])
     matmul        both operands QuantizeLinear -> [Clip] -> DequantizeLinear, then MatMul
+                  of a softmax's rows of squares: then Div by the rows' sums, a MatMul with ones
     convolution   QuantizeLinear -> [Clip] -> Cast -> Sub(zero point) -> Conv with the float weight: a float kernel by choice
 
 Activations are uint8 at every width: below 8 bits a Clip on the codes keeps them to 2^bits - 1, which costs little and keeps the
